@@ -1,0 +1,17 @@
+"""Random numbers as functions of (seed, update, index): the same however a batch is split."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def sample_seed(seed: int, *position: int) -> int:
+    """A 63-bit seed for one place in a run, such as (update, sample index)."""
+    words = np.random.SeedSequence([seed, *position]).generate_state(2, np.uint32)
+    return int(words[0]) << 31 ^ int(words[1])
+
+
+def generator(seed: int, *position: int) -> torch.Generator:
+    """A generator for one place in a run."""
+    return torch.Generator().manual_seed(sample_seed(seed, *position))
