@@ -1,0 +1,89 @@
+"""Checks of what a user passes in (models, files, folders), made before any slow work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shortft.errors import UserError
+from shortft.rewards.spec import parse_reward_spec
+
+MAX_PROMPT_CHARS = 2000
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name; a leading dot means a local path
+
+
+def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
+    """Prompts of a UTF-8 text file, one a line, stripped, in order.
+
+    A byte-order mark and Windows line ends are accepted; blank lines and lines that start with
+    ``#`` are dropped.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, holds no prompt, or has a line of more
+            than 2,000 characters.
+    """
+    prompts = []
+    for number, line in enumerate(read_text(path, option).split("\n"), start=1):
+        prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise UserError(
+                f"{option} {path}: line {number} has {len(prompt):,} characters; shorten it to "
+                f"{MAX_PROMPT_CHARS:,} or fewer"
+            )
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{option} {path}: holds no prompt; write one prompt a line")
+    return prompts
+
+
+def read_text(path: Path, option: str) -> str:
+    """A UTF-8 file's text with plain line ends, no byte-order mark; raises `UserError`."""
+    name = f"{option} {path}".strip()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file; check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}); give a text file") from None
+
+
+def check_model_source(option: str, value: str, embedded: str | None = None) -> str:
+    """Return `value` if it names the embedded model, a directory, or a hub id ``owner/name``."""
+    if value == embedded or Path(value).is_dir() or _HUB_ID.fullmatch(value):
+        return value
+    choices = "a directory or a hub id such as owner/name"
+    if embedded is not None:
+        choices = f"{embedded!r}, {choices}"
+    raise UserError(f"{option} {value or repr(value)}: no such model; give {choices}")
+
+
+def check_reward(spec: str) -> str:
+    """Return `spec` if it names known rewards with valid weights."""
+    parse_reward_spec(spec)
+    return spec
+
+
+def check_shortcut(option: str, value: str) -> str:
+    """Return `value` if it is ``auto``, ``none`` or an existing file."""
+    if value in ("auto", "none") or Path(value).is_file():
+        return value
+    raise UserError(
+        f"{option} {value or repr(value)}: no such file; give 'auto', 'none' or a LoRA's file"
+    )
+
+
+def check_output_dir(option: str, path: Path) -> Path:
+    """Return `path`, its ``~`` expanded, if it is or can become a directory."""
+    path = path.expanduser()
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{option} {path}: {place} is a file; give a directory")
+            break
+    return path

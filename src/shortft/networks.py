@@ -1,0 +1,257 @@
+"""Base, shortcut and policy: views on one set of frozen weights.
+
+A view is a tree of module objects of its own whose parameters are the very tensors of the base
+model. Each view carries the LoRAs that it needs, switched on once, so that nothing is switched
+between the steps of a chain. (Switching adapters on one shared module corrupts gradients under
+activation recomputation: peft issue 2832.)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from shortft.families.base import Conditioning, Family, Guidance
+from shortft.plans import Step
+
+SHORTCUT = "shortcut"
+
+
+def lora_name(number: int) -> str:
+    """The adapter name of LoRA 1…k."""
+    return f"shortft_{number}"
+
+
+def view(module: nn.Module, *, frozen: bool = False) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the original.
+
+    Args:
+        frozen: give the copy parameters on the same storage that never require gradient.
+    """
+    memo: dict[int, Tensor] = {id(buffer): buffer for buffer in module.buffers()}
+    for parameter in module.parameters():
+        shared = nn.Parameter(parameter.detach(), requires_grad=False) if frozen else parameter
+        memo[id(parameter)] = shared
+    return copy.deepcopy(module, memo)
+
+
+def lora_layers(module: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def add_lora(
+    module: nn.Module, name: str, *, rank: int, targets: Sequence[str], generator: torch.Generator
+) -> None:
+    """Inject a LoRA (alpha = rank, fp32) that starts as the identity: A Kaiming-uniform, B zero.
+
+    The paper does not give alpha; alpha = rank keeps the scale at 1, the only value that every
+    tool reads back alike.
+    """
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+    # peft draws initial values from the global generator; ours replace them.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, module, adapter_name=name)
+    for layer in lora_layers(module):
+        if name in layer.lora_A:
+            layer.lora_A[name].float()
+            layer.lora_B[name].float()
+            nn.init.kaiming_uniform_(layer.lora_A[name].weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.lora_B[name].weight)
+
+
+def activate(module: nn.Module, names: Sequence[str], strength: float = 1.0) -> None:
+    """Switch on exactly these adapters, each at the given strength.
+
+    `requires_grad` of LoRA parameters is left for the caller to set: peft changes it here.
+    """
+    for layer in lora_layers(module):
+        layer.enable_adapters(bool(names))
+        if names:
+            present = [name for name in names if name in layer.lora_A]
+            layer.set_adapter(present)
+            for name in present:
+                layer.set_scale(name, strength)
+
+
+def lora_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by name."""
+    return {key: p for key, p in module.named_parameters() if f".{name}." in key}
+
+
+def lora_state(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of one adapter under the names that diffusers and peft save."""
+    return dict(get_peft_model_state_dict(module, adapter_name=name))
+
+
+def replace_lora_layers(module: nn.Module, make: Callable[[LoraLayer], nn.Module]) -> nn.Module:
+    """A view of the module in which every peft layer is replaced by make(layer)."""
+    replaced = view(module)
+    for parent in list(replaced.modules()):
+        for key, layer in list(parent.named_children()):
+            if isinstance(layer, LoraLayer):
+                setattr(parent, key, make(layer))
+    return replaced
+
+
+def merge(module: nn.Module, name: str) -> nn.Module:
+    """A view with an adapter folded into new weights of the layers it touches."""
+
+    def folded(layer: LoraLayer) -> nn.Module:
+        plain = layer.get_base_layer()
+        if name not in layer.lora_A:
+            return plain
+        weight = plain.weight.float() + layer.get_delta_weight(name).float()
+        clone = copy.copy(plain)
+        new = nn.Parameter(weight.to(plain.weight.dtype), requires_grad=False)
+        clone._parameters = {**plain._parameters, "weight": new}
+        return clone
+
+    return replace_lora_layers(module, folded)
+
+
+class StackedLinear(nn.Module):
+    """A linear layer with several LoRAs as one branch of their summed rank.
+
+    Equal to peft's layer with these adapters active, at a third of its overhead for four of them:
+    ``x Wᵀ + x [A₁; …; Aₙ]ᵀ [B₁ … Bₙ]ᵀ`` (alpha = rank, so that no scale appears).
+
+    Args:
+        layer: peft's layer, whose parameters are used, not copied.
+        names: the adapters that act.
+        frozen: keep gradient from the LoRA parameters; the input's gradient passes.
+    """
+
+    def __init__(self, layer: LoraLayer, names: Sequence[str], *, frozen: bool) -> None:
+        super().__init__()
+        self.base_layer = layer.get_base_layer()
+        self.down = nn.ParameterList(layer.lora_A[name].weight for name in names)
+        self.up = nn.ParameterList(layer.lora_B[name].weight for name in names)
+        self.frozen = frozen
+        self.strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = torch.cat(list(self.down)), torch.cat(list(self.up), dim=1)
+        if self.frozen:
+            down, up = down.detach(), up.detach()
+        if self.strength != 1:
+            up = up * self.strength
+        branch = F.linear(F.linear(x.to(down.dtype), down), up)
+        base: Tensor = self.base_layer(x)
+        return base + branch.to(base.dtype)
+
+
+def stacked_view(module: nn.Module, names: Sequence[str], *, frozen: bool) -> nn.Module:
+    """A view with the named LoRAs active in `StackedLinear` layers."""
+    return replace_lora_layers(module, lambda layer: StackedLinear(layer, names, frozen=frozen))
+
+
+class ModelNetworks:
+    """The three networks of ShortFT on one frozen denoiser.
+
+    Args:
+        family: the model.
+        guidance: for base and policy.
+        shortcut_guidance: for the shortcut; scale 1 for guidance-free few-step LoRAs.
+        loras: how many reward LoRAs there are (0 for the base alone).
+        rank: their rank.
+        seed: of their initial values.
+        shortcut: few-step LoRA file, or None if no plan runs the shortcut.
+        merge_shortcut: fold the shortcut into a copy of the layers it touches: faster, more
+            memory.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        guidance: Guidance,
+        shortcut_guidance: Guidance | None = None,
+        loras: int = 0,
+        rank: int = 4,
+        seed: int = 0,
+        shortcut: Path | None = None,
+        merge_shortcut: bool = False,
+    ) -> None:
+        self.family = family
+        self.guidance = guidance
+        self.shortcut_guidance = shortcut_guidance or Guidance()
+        self.base = family.denoiser
+        self.loras = loras
+        self._shortcut: nn.Module | None = None
+        if shortcut is not None:
+            self._shortcut = view(self.base)
+            family.load_lora(self._shortcut, shortcut, SHORTCUT)
+            if merge_shortcut:
+                self._shortcut = merge(self._shortcut, SHORTCUT)
+        self._policies: dict[int, nn.Module] = {}
+        self._frozen: dict[int, nn.Module] = {}
+        if loras:
+            generator = torch.Generator().manual_seed(seed)
+            full = view(self.base)
+            for number in range(1, loras + 1):
+                add_lora(
+                    full,
+                    lora_name(number),
+                    rank=rank,
+                    targets=family.lora_targets,
+                    generator=generator,
+                )
+            self._loras = full.to(family.device)
+            for number in range(1, loras + 1):
+                names = [lora_name(i) for i in range(1, number + 1)]
+                self._policies[number] = stacked_view(full, names, frozen=False)
+                self._frozen[number] = stacked_view(full, names, frozen=True)
+            self.train_only(range(1, loras + 1))
+
+    def train_only(self, numbers: Sequence[int]) -> list[nn.Parameter]:
+        """Let exactly these LoRAs require gradient; returns their parameters."""
+        chosen = []
+        self.base.requires_grad_(False)
+        for number in range(1, self.loras + 1):
+            for parameter in self.parameters_of(number).values():
+                parameter.requires_grad_(number in numbers)
+                if number in numbers:
+                    chosen.append(parameter)
+        return chosen
+
+    def parameters_of(self, number: int) -> dict[str, nn.Parameter]:
+        """The parameters of LoRA `number`, by name."""
+        return lora_parameters(self._loras, lora_name(number))
+
+    def state_of(self, number: int) -> dict[str, Tensor]:
+        """The weights of LoRA `number` in diffusers' naming."""
+        return lora_state(self._loras, lora_name(number))
+
+    def set_strength(self, strength: float) -> None:
+        """Scale all reward LoRAs."""
+        for policy in (*self._policies.values(), *self._frozen.values()):
+            for layer in policy.modules():
+                if isinstance(layer, StackedLinear):
+                    layer.strength = strength
+
+    def module(self, step: Step) -> nn.Module:
+        """The module that a step runs."""
+        if step.net == "base":
+            return self.base
+        if step.net == "shortcut":
+            if self._shortcut is None:
+                raise ValueError("the plan runs a shortcut, but none was loaded")
+            return self._shortcut
+        if step.adapters not in self._policies:
+            raise ValueError(f"the plan stacks {step.adapters} LoRAs, there are {self.loras}")
+        return (self._policies if step.trains else self._frozen)[step.adapters]
+
+    def predict(self, step: Step, latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+        """The guided prediction of a step's network."""
+        g = self.shortcut_guidance if step.net == "shortcut" else self.guidance
+        return self.family.predict(self.module(step), latents, timestep, cond, g)
