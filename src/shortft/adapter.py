@@ -1,0 +1,211 @@
+"""The adapter on disk, and its routing by timestep inside an ordinary diffusers pipeline.
+
+An adapter is a directory: one LoRA file per number in diffusers' own layout, and
+``adapter.json`` that says at which timesteps they act.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shortft.errors import UserError
+from shortft.networks import activate, lora_layers, lora_name
+from shortft.plans import adapters_at
+from shortft.quiet import quiet
+from shortft.schedule import schedule_from_config
+
+if TYPE_CHECKING:
+    from shortft.networks import ModelNetworks
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What ``adapter.json`` holds.
+
+    Attributes:
+        base_model: what the LoRAs were trained on.
+        loras: how many LoRA files there are.
+        rank: their rank; alpha equals it.
+        segments: parts of the training timesteps.
+        timestep_lora: LoRAs 1…i at the end of segment i, or LoRA 1 at all those places.
+        num_steps: length of the chain in training.
+        timesteps: that chain's timesteps at which LoRAs act.
+        stacked: how many act at each of them.
+        guidance_scale: of the chain in training.
+        config: the run's configuration.
+    """
+
+    base_model: str
+    loras: int
+    rank: int
+    segments: int
+    timestep_lora: bool
+    num_steps: int
+    timesteps: list[int]
+    stacked: list[int]
+    guidance_scale: float
+    config: dict[str, Any]
+    format: int = FORMAT
+
+
+def lora_file(number: int) -> str:
+    return f"lora_{number}.safetensors"
+
+
+def save_adapter(nets: ModelNetworks, info: AdapterInfo, directory: Path) -> None:
+    """Write all LoRAs and ``adapter.json`` into a directory; existing files are replaced."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in range(1, nets.loras + 1):
+        scratch = directory / f".{lora_file(number)}"
+        nets.family.save_lora(nets.state_of(number), scratch)
+        scratch.replace(directory / lora_file(number))
+    scratch = directory / ".adapter.json"
+    scratch.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    scratch.replace(directory / "adapter.json")
+
+
+def read_info(directory: Path) -> AdapterInfo:
+    """Read ``adapter.json``.
+
+    Raises:
+        UserError: if the directory is not an adapter or a newer format.
+    """
+    path = Path(directory) / "adapter.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        info = AdapterInfo(**fields)
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory}: not an adapter (no adapter.json); give the `adapter` directory that "
+            "`shortft train` wrote"
+        ) from None
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it or train again") from error
+    if info.format != FORMAT:
+        raise UserError(f"{path}: format {info.format} is unknown; update shortft")
+    missing = [n for n in range(1, info.loras + 1) if not (directory / lora_file(n)).is_file()]
+    if missing:
+        raise UserError(f"{directory}: {lora_file(missing[0])} is missing; copy the whole adapter")
+    return info
+
+
+class TimestepRouter:
+    """Switches LoRAs by timestep inside a diffusers pipeline, until `remove` is called.
+
+    At every call of the denoiser it looks up how many LoRAs act at that timestep of the
+    pipeline's own schedule, so that any number of inference steps works.
+    """
+
+    def __init__(self, pipe: Any, info: AdapterInfo, strength: float) -> None:
+        self.info = info
+        self.strength = strength
+        self._pipe = pipe
+        self._names = [lora_name(n) for n in range(1, info.loras + 1)]
+        self._active: int | None = None
+        self._routes: dict[int, dict[int, int]] = {}
+        self._hook = pipe.unet.register_forward_pre_hook(self._route, with_kwargs=True)
+        self._activate(0)
+
+    def _route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        value = timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
+        self._activate(self._counts().get(round(value), 0))
+
+    def _counts(self) -> dict[int, int]:
+        steps = self._pipe.scheduler.num_inference_steps
+        if steps not in self._routes:
+            config = dict(self._pipe.scheduler.config)
+            schedule = schedule_from_config(config, steps)
+            counts = adapters_at(
+                schedule, self.info.segments, timestep_lora=self.info.timestep_lora
+            )
+            self._routes[steps] = {
+                round(t): n for t, n in zip(schedule.timesteps.tolist(), counts, strict=True)
+            }
+        return self._routes[steps]
+
+    def _activate(self, count: int) -> None:
+        if count != self._active:
+            activate(self._pipe.unet, self._names[:count], self.strength)
+            self._pipe.unet.requires_grad_(False)
+            self._active = count
+
+    def set_strength(self, strength: float) -> None:
+        """Scale the adapter: 0 is the base model, 1 the trained strength."""
+        self.strength, self._active = strength, None
+
+    def remove(self) -> None:
+        """Take the LoRAs and the routing out of the pipeline again."""
+        self._hook.remove()
+        for layer in lora_layers(self._pipe.unet):
+            layer.enable_adapters(True)
+        self._pipe.delete_adapters(self._names)
+
+
+def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> TimestepRouter:
+    """Load an adapter into a diffusers pipeline and route it by timestep.
+
+    Args:
+        pipe: a StableDiffusionPipeline with a DDIM scheduler.
+        path: the adapter directory written by ``shortft train``.
+        strength: scale of the LoRAs; 1 as trained.
+
+    Returns:
+        The router; its `set_strength` and `remove` act on the pipeline.
+
+    Raises:
+        UserError: if the adapter is damaged or was made for another architecture.
+    """
+    directory = Path(path)
+    info = read_info(directory)
+    for number in range(1, info.loras + 1):
+        name = lora_name(number)
+        try:
+            with quiet(), torch.random.fork_rng(devices=[]):
+                pipe.load_lora_weights(
+                    str(directory), weight_name=lora_file(number), adapter_name=name
+                )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{directory / lora_file(number)}: does not fit this pipeline ({reason}); the "
+                f"adapter was trained on {info.base_model}"
+            ) from error
+    return TimestepRouter(pipe, info, strength)
+
+
+def load_into(nets: ModelNetworks, directory: Path) -> None:
+    """Load an adapter's weights into networks with as many LoRAs of the same rank."""
+    from safetensors.torch import load_file
+
+    for number in range(1, nets.loras + 1):
+        state = load_file(directory / lora_file(number))
+        copy_state(nets, number, {key.removeprefix("unet."): v for key, v in state.items()})
+
+
+def copy_state(nets: ModelNetworks, number: int, state: dict[str, torch.Tensor]) -> None:
+    """Copy saved weights into LoRA `number`, every key accounted for.
+
+    Raises:
+        ValueError: if a key is missing, unknown or of another shape.
+    """
+    own: Sequence[str] = sorted(nets.state_of(number))
+    if own != sorted(state):
+        raise ValueError(f"LoRA {number}: the saved keys do not match the model's")
+    name = lora_name(number)
+    parameters = nets.parameters_of(number)
+    with torch.no_grad():
+        for key, value in state.items():
+            target = parameters[key.replace(".weight", f".{name}.weight")]
+            if target.shape != value.shape:
+                raise ValueError(f"LoRA {number}: {key} is {tuple(value.shape)}")
+            target.copy_(value)

@@ -1,0 +1,165 @@
+"""A saved adapter inside an ordinary diffusers pipeline against our own chain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shortft import load_adapter
+from shortft.adapter import AdapterInfo, load_into, read_info, save_adapter
+from shortft.errors import UserError
+from shortft.families.base import Guidance
+from shortft.networks import ModelNetworks
+from shortft.plans import base_plan, inference_plan
+from shortft.sampling import generate
+from tiny import randomise_loras, tiny_family, tiny_pipeline
+
+PROMPTS = ["red apple", "panda face"]
+SEEDS = [3, 4]
+
+
+def make_adapter(directory: Path, *, timestep_lora: bool = True) -> ModelNetworks:
+    family = tiny_family()
+    loras = 4 if timestep_lora else 1
+    nets = ModelNetworks(family, guidance=Guidance(3.0), loras=loras, rank=2)
+    randomise_loras(nets, 0.3)
+    schedule = family.schedule(10)
+    plan = inference_plan(schedule, 4, timestep_lora=timestep_lora)
+    active = [s for s in plan.steps if s.adapters]
+    info = AdapterInfo(
+        base_model="tiny",
+        loras=loras,
+        rank=2,
+        segments=4,
+        timestep_lora=timestep_lora,
+        num_steps=10,
+        timesteps=[int(schedule.timesteps[s.start]) for s in active],
+        stacked=[s.adapters for s in active],
+        guidance_scale=3.0,
+        config={},
+    )
+    save_adapter(nets, info, directory)
+    return nets
+
+
+def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, timestep_lora: bool = True):
+    schedule = nets.family.schedule(steps)
+    plan = (
+        inference_plan(schedule, 4, timestep_lora=timestep_lora) if tuned else base_plan(schedule)
+    )
+    cond = nets.family.encode(PROMPTS)
+    return generate(nets.family, nets, plan, schedule, cond, SEEDS)
+
+
+def theirs(pipe, steps: int) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images: torch.Tensor = pipe(
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=generators,
+        output_type="pt",
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("timestep_lora", [True, False])
+@pytest.mark.parametrize("steps", [10, 17])
+def test_pipeline_equals_our_chain(tmp_path: Path, timestep_lora: bool, steps: int):
+    nets = make_adapter(tmp_path, timestep_lora=timestep_lora)
+    pipe = tiny_pipeline()
+    expected_base = theirs(pipe, steps)
+    torch.testing.assert_close(ours(nets, steps, tuned=False), expected_base, atol=1e-5, rtol=0)
+    load_adapter(pipe, tmp_path)
+    tuned = theirs(pipe, steps)
+    torch.testing.assert_close(
+        ours(nets, steps, timestep_lora=timestep_lora), tuned, atol=1e-5, rtol=0
+    )
+    assert (tuned - expected_base).abs().max() > 1e-2
+
+
+def test_strength_and_removal(tmp_path: Path):
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    base = theirs(pipe, 10)
+    router = load_adapter(pipe, tmp_path, strength=0.5)
+    half = theirs(pipe, 10)
+    router.set_strength(1.0)
+    full = theirs(pipe, 10)
+    router.set_strength(0.0)
+    torch.testing.assert_close(theirs(pipe, 10), base, atol=1e-6, rtol=0)
+    assert (half - base).abs().max() > 1e-3
+    assert (full - half).abs().max() > 1e-3
+    router.remove()
+    torch.testing.assert_close(theirs(pipe, 10), base, atol=1e-6, rtol=0)
+    load_adapter(pipe, tmp_path)  # and it can be loaded again
+    torch.testing.assert_close(theirs(pipe, 10), full, atol=1e-6, rtol=0)
+
+
+def test_routing_calls_the_network_as_often_as_the_base(tmp_path: Path):
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    load_adapter(pipe, tmp_path)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    pipe.unet.register_forward_hook(count)
+    theirs(pipe, 10)
+    assert calls == 10
+
+
+def test_strength_of_our_own_networks(tmp_path: Path):
+    nets = make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    load_adapter(pipe, tmp_path, strength=0.4)
+    nets.set_strength(0.4)
+    torch.testing.assert_close(ours(nets, 10), theirs(pipe, 10), atol=1e-5, rtol=0)
+
+
+def test_loading_into_new_networks(tmp_path: Path):
+    nets = make_adapter(tmp_path)
+    other = ModelNetworks(tiny_family(), guidance=Guidance(3.0), loras=4, rank=2, seed=9)
+    load_into(other, tmp_path)
+    torch.testing.assert_close(ours(other, 10), ours(nets, 10), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_each_file_is_a_plain_diffusers_lora(tmp_path: Path, number: int):
+    nets = make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name=f"lora_{number}.safetensors", adapter_name="x")
+    loaded = {
+        name.replace(".x.weight", ".weight"): p
+        for name, p in pipe.unet.named_parameters()
+        if "lora_" in name
+    }
+    saved = nets.state_of(number)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_damaged_adapters_are_one_clear_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"adapter\.json"):
+        read_info(tmp_path)
+    make_adapter(tmp_path)
+    info = tmp_path / "adapter.json"
+    fields = json.loads(info.read_text())
+    info.write_text(json.dumps({**fields, "format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        read_info(tmp_path)
+    info.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_info(tmp_path)
+    info.write_text(json.dumps(fields))
+    (tmp_path / "lora_3.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"lora_3"):
+        load_adapter(tiny_pipeline(), tmp_path)
+    (tmp_path / "lora_3.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lora_3"):
+        read_info(tmp_path)
