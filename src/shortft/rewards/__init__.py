@@ -1,0 +1,10 @@
+"""Rewards: differentiable functions of pictures and prompts, one file each.
+
+Importing this package loads no torch; building a reward does.
+"""
+
+from shortft.rewards.base import Reward
+from shortft.rewards.registry import REWARDS, make_reward
+from shortft.rewards.spec import anchor_warning, parse_reward_spec
+
+__all__ = ["REWARDS", "Reward", "anchor_warning", "make_reward", "parse_reward_spec"]
