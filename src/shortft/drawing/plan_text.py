@@ -1,0 +1,126 @@
+"""A plan as text: one row per segment, one column per timestep, one glyph per network call.
+
+Every colour has a glyph of its own, so that the picture reads without colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shortft.drawing.plan_like import (
+    PlanLike,
+    StepLike,
+    calls_text,
+    stretches,
+    timestep_text,
+)
+
+BASE, JUMP, PINNED, RAIL, HEAD = "·", "S", "P", "─", "▶"
+TRAINS, FULL, PARTIAL = "▲", "═", "~"
+STYLE = {"base": "dim", "shortcut": "bold cyan", "policy": "magenta", "train": "bold magenta"}
+GRADIENT = "bold green"
+CHAIN_WIDTH = 46
+
+
+def plan_text(
+    plan: PlanLike,
+    timesteps: Sequence[float],
+    segments: Sequence[Sequence[int]] = (),
+    title: str | None = None,
+    legend: bool = True,
+) -> RenderableType:
+    """The chain of one stage as a rich renderable at most 80 columns wide.
+
+    `timesteps`: those of the N points, first to last; `segments`: point indices per segment (the
+    whole chain without). Print it with a rich Console.
+    """
+    steps, times = plan.steps, [float(t) for t in timesteps]
+    widest = max((len(s) for s in segments), default=len(times)) or 1
+    # Without segments the two columns to the left are narrower, so that 50 steps fit one row.
+    room = CHAIN_WIDTH if len(segments) > 1 else CHAIN_WIDTH + 6
+    cell = max(1, min(4, room // widest))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    heads = ["segment", "timesteps", "chain", "calls", "with gradient"]
+    for name in heads:
+        table.add_column(justify="left" if name == "chain" else "right", no_wrap=True)
+    table.add_row("segment" if len(segments) > 1 else "", *heads[1:4], "grad", style="bold")
+    for label, points in stretches(segments, len(times), room // cell):
+        begun = [i for i, step in enumerate(steps) if step.start in points]
+        if not begun and steps[-1].stop <= points[0]:
+            continue
+        chain, gradient = _draw(plan, points, cell)
+        carrying = sum(plan.grad_mask[i] for i in begun)
+        when = f"{timestep_text(times[points[0]])} → {timestep_text(times[points[-1]])}"
+        with_gradient = Text(str(carrying), style=GRADIENT if carrying else "dim")
+        table.add_row(label, when, chain, str(len(begun)), with_gradient)
+        if gradient.plain.strip():
+            table.add_row("", "", gradient, "", "")
+    head = Text.assemble((f"{title}: " if title else "", "bold"), calls_text(plan))
+    parts: list[RenderableType] = [head, table]
+    if plan.reward_at == "x0":
+        parts.append(Text("the reward looks at the x0 prediction of the last call", style="dim"))
+    return Group(*parts, legend_text(any(s.pin for s in steps))) if legend else Group(*parts)
+
+
+def legend_text(pinned: bool = False) -> RenderableType:
+    """What the glyphs mean."""
+    text = Text.assemble(
+        (BASE, STYLE["base"]),
+        " base   ",
+        ("1 2 …", STYLE["policy"]),
+        " with that many stacked LoRAs   ",
+        (f"{JUMP}{RAIL}{HEAD}", STYLE["shortcut"]),
+        " shortcut jump\n",
+        (TRAINS, GRADIENT),
+        " trains its LoRAs   ",
+        (FULL, GRADIENT),
+        " gradient flows back through the call   ",
+        (PARTIAL, GRADIENT),
+        " part of it",
+    )
+    if pinned:
+        text.append("\n").append(PINNED, STYLE["shortcut"])
+        text.append(" shortcut jump that keeps the base chain's values, for its gradient only")
+    return text
+
+
+def _glyph(step: StepLike) -> tuple[str, str]:
+    if step.net == "shortcut":
+        return PINNED if step.pin else JUMP, STYLE["shortcut"]
+    if step.net == "base":
+        return BASE, STYLE["base"]
+    count = str(step.adapters) if step.adapters < 10 else "+"
+    return count, STYLE["train" if step.trains else "policy"]
+
+
+def _draw(plan: PlanLike, points: range, cell: int) -> tuple[Text, Text]:
+    """The chain's line and the gradient's line below it, `cell` columns per point."""
+    width = cell * len(points)
+    chain: list[tuple[str, str]] = [(" ", "")] * width
+    below: list[tuple[str, str]] = [(" ", "")] * width
+
+    def put(line: list[tuple[str, str]], at: int, glyph: str, style: str) -> None:
+        if 0 <= at < width:
+            line[at] = (glyph, style)
+
+    for step, carries in zip(plan.steps, plan.grad_mask, strict=True):
+        first, last = (step.start - points[0]) * cell, (step.stop - points[0]) * cell
+        glyph, style = _glyph(step)
+        rail = STYLE["shortcut"] if step.net == "shortcut" else "dim"
+        long = step.stop - step.start > 1
+        for at in range(first + 1, last):
+            put(chain, at, RAIL, rail)
+        if long:
+            put(chain, last - 1, HEAD, rail)
+        put(chain, first, glyph, style)
+        if carries:
+            through = FULL if step.input_grad >= 1 else PARTIAL if step.input_grad > 0 else " "
+            for at in range(first, last):
+                put(below, at, through, GRADIENT)
+            if step.trains:
+                put(below, first, TRAINS, GRADIENT)
+    return Text.assemble(*chain), Text.assemble(*below)
