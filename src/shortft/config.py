@@ -1,0 +1,311 @@
+"""One validated configuration of a training run; every field is documented in place.
+
+Importing this module loads no torch, so that a bad option is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from shortft.assets import EMBEDDED
+from shortft.errors import UserError
+from shortft.inputs import (
+    check_model_source,
+    check_output_dir,
+    check_reward,
+    check_shortcut,
+    read_prompts,
+    read_text,
+)
+from shortft.rewards.registry import REWARDS
+
+DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
+
+
+class Config(BaseModel):
+    """What one training run does. Immutable; every violation raises `UserError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # What is aligned, and with what
+    model: str = Field(
+        EMBEDDED,
+        description="Base model: 'emoji' (embedded in the package), a directory in diffusers' "
+        "pipeline format, or a hub id such as owner/name.",
+    )
+    method: Literal["shortft"] = Field(
+        "shortft", description="How the chain is shortened and where the gradient flows."
+    )
+    reward: str = Field(
+        "clip",
+        description=f"Reward to maximise: {', '.join(REWARDS)}, or a weighted mix such as "
+        "'clip:1,symmetry:0.2'.",
+    )
+    reward_model: str | None = Field(
+        None,
+        description="CLIP model that scores text alignment: a directory or a hub id; none = the "
+        "embedded one.",
+    )
+    prompts: Path | None = Field(
+        None,
+        description="UTF-8 text file of training prompts, one a line; none = the model's own list.",
+    )
+    output_dir: Path = Field(
+        Path("runs/train"), description="Directory for the adapter, checkpoints, grids and logs."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of noise, prompt order and LoRA initialisation."
+    )
+
+    # The chain
+    num_steps: int = Field(
+        50, ge=1, le=1000, description="Denoising steps of the inference chain, 1 to 1000."
+    )
+    segments: int = Field(
+        4, ge=1, description="Equal parts of the training timesteps, one LoRA each; 1 to num_steps."
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=1,
+        description="Classifier-free guidance of base and policy, at least 1 (= unguided); "
+        "none = the model's default.",
+    )
+    guidance_grad: Literal["both", "positive"] = Field(
+        "both",
+        description="Guidance branches that carry gradient: 'both', or 'positive' (half the "
+        "memory).",
+    )
+    shortcut: str = Field(
+        "auto",
+        description="Few-step LoRA that jumps over a segment: 'auto' (the one shipped for the "
+        "model), 'none' (a plain DDIM jump of the base), or a file.",
+    )
+    shortcut_guidance_scale: float | None = Field(
+        None, ge=1, description="Guidance of the shortcut, at least 1; none = unguided."
+    )
+    merge_shortcut: bool = Field(
+        False,
+        description="Fold the shortcut into a copy of the layers it touches: faster, but a second "
+        "copy of most weights; off = run it as a LoRA.",
+    )
+    recompute: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+
+    # What is learned, and how
+    timestep_lora: bool = Field(
+        True, description="One stacked LoRA per segment; off = one LoRA shared by all segments."
+    )
+    rank: int = Field(32, ge=1, description="Rank of each LoRA, at least 1.")
+    learning_rate: float = Field(3e-4, gt=0, description="Learning rate of AdamW, above 0.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW, at least 0.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Gradient norm above which gradients are scaled down, above 0."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Samples per update over all processes, at least 1."
+    )
+    accumulation: int = Field(
+        1, ge=1, description="Parts that a batch is split into to save memory; divides batch_size."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Number format of the frozen networks; LoRAs always train in fp32."
+    )
+
+    # How long
+    updates: int | None = Field(
+        None, ge=1, description="Budget in optimizer updates, at least 1; none = no such limit."
+    )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Budget in minutes of training, above 0; none = no such limit. With both "
+        f"budgets the first one reached counts; with neither it is {DEFAULT_MINUTES:g} minutes.",
+    )
+    stage_shares: tuple[float, ...] | None = Field(
+        None,
+        description="Share of the budget for each stage: one number per segment, adding up to 1, "
+        "such as 0.4,0.3,0.2,0.1; none = equal shares.",
+    )
+
+    # What is seen and kept on the way
+    sample_every: int = Field(50, ge=0, description="Updates between sample grids; 0 = none.")
+    sample_prompts: int = Field(8, ge=1, description="Pictures in a sample grid, at least 1.")
+    checkpoint_every: int = Field(
+        50, ge=0, description="Updates between checkpoints; 0 = only at the end."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept, at least 1.")
+    tensorboard: bool = Field(True, description="Write TensorBoard logs into output_dir.")
+    progress: bool = Field(True, description="Show a progress bar.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _speak_plainly(cls, data: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
+        """Prepare the values and turn pydantic's report into one line about one field."""
+        if not isinstance(data, Mapping):
+            return handler(data)
+        _check_keys(data, cls.model_fields)
+        values = {name: _from_text(name, value) for name, value in data.items()}
+        if "updates" not in values and "minutes" not in values:
+            values["minutes"] = DEFAULT_MINUTES
+        try:
+            return handler(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            wrong = first["msg"].replace("Input should", "must", 1)
+            raise _bad_value(name, data[name], wrong, _described(name)) from None
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        return check_model_source("--model", value, EMBEDDED)
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, value: str) -> str:
+        return check_reward(value)
+
+    @field_validator("reward_model")
+    @classmethod
+    def _known_reward_model(cls, value: str | None) -> str | None:
+        return None if value is None else check_model_source("--reward-model", value)
+
+    @field_validator("prompts")
+    @classmethod
+    def _readable_prompts(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            value = value.expanduser()
+            read_prompts(value)
+        return value
+
+    @field_validator("output_dir")
+    @classmethod
+    def _usable_output_dir(cls, value: Path) -> Path:
+        return check_output_dir("--output-dir", value)
+
+    @field_validator("shortcut")
+    @classmethod
+    def _existing_shortcut(cls, value: str) -> str:
+        return check_shortcut("--shortcut", value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        """Rules that span two fields."""
+        if self.updates is None and self.minutes is None:
+            raise UserError("--updates none --minutes none: no budget; give at least one of them")
+        if self.num_steps < self.segments:
+            raise _bad_value(
+                "segments",
+                self.segments,
+                f"more segments than the {self.num_steps} steps of the chain",
+                f"at most {self.num_steps}, or raise --num-steps",
+            )
+        if self.batch_size % self.accumulation:
+            raise _bad_value(
+                "accumulation",
+                self.accumulation,
+                f"does not divide --batch-size {self.batch_size}",
+                "choose one of its divisors",
+            )
+        self._check_stage_shares()
+        return self
+
+    def _check_stage_shares(self) -> None:
+        shares = self.stage_shares
+        if shares is None:
+            return
+        example = ",".join(f"{1 / self.segments:.3g}" for _ in range(self.segments))
+        if len(shares) != self.segments:
+            wrong = f"{len(shares)} shares for {self.segments} segments"
+        elif min(shares) < 0:
+            wrong = "a share is negative"
+        elif abs(sum(shares) - 1) > 0.01:
+            wrong = f"the shares add up to {sum(shares):.4g}, not 1"
+        else:
+            return
+        raise _bad_value("stage_shares", shares, wrong, f"for example {example}")
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """Read a YAML file, if any, and apply `overrides` on top (field name to value).
+
+    Raises:
+        UserError: the file is missing, not UTF-8, not YAML or not a mapping, or a value is wrong.
+    """
+    values = {} if path is None else _read_yaml(path)
+    return Config.model_validate({**values, **(overrides or {})})
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def option_name(field: str) -> str:
+    """The command-line spelling of a field: ``batch_size`` is ``--batch-size``."""
+    return "--" + field.replace("_", "-")
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    text = read_text(path, "")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{path}: not valid YAML{place}: {problem}") from None
+    if values is None:  # an empty file, or comments only
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a mapping; write one setting a line, such as 'rank: 32'")
+    return values
+
+
+def _check_keys(names: Iterable[object], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
+            remedy = f"did you mean {nearest[0]!r}?" if nearest else "see shortft train --help"
+            raise UserError(f"configuration key {str(name)!r}: unknown; {remedy}")
+
+
+def _from_text(name: str, value: object) -> object:
+    """Understand command-line spellings: ``none`` for an absent value, commas for a tuple."""
+    field = Config.model_fields[name]
+    if isinstance(value, bool) and field.annotation is not bool:
+        raise _bad_value(name, value, "must not be a boolean", _described(name))
+    if value == "none" and field.default is None:
+        return None
+    if name == "stage_shares" and isinstance(value, str):
+        return value.split(",")
+    return value
+
+
+def _bad_value(name: str, value: object, wrong: str, remedy: str) -> UserError:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    shown = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+    if not shown.isprintable() or not shown.strip():
+        shown = repr(shown)
+    return UserError(f"{option_name(name)} {shown}: {wrong}; {remedy}")
+
+
+def _described(name: str) -> str:
+    description = Config.model_fields[name].description or ""
+    return "expected: " + description.partition(". ")[0].rstrip(".")

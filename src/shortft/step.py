@@ -1,0 +1,114 @@
+"""One training step, from prompts to the updated LoRAs: the page to read first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from shortft.chain import run_chain
+from shortft.families.base import Conditioning, Family
+from shortft.networks import ModelNetworks
+from shortft.plans import Plan, base_plan
+from shortft.rewards.combine import WeightedSum
+from shortft.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch; each depends on its own prompt and seed alone."""
+
+    prompts: list[str]
+    seeds: list[int]
+    cond: Conditioning
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did: mean reward, its parts, and the gradient norm before clipping."""
+
+    reward: float
+    parts: dict[str, float]
+    grad_norm: float
+    skipped: bool
+
+
+def train_step(
+    plan: Plan,
+    batches: Sequence[Batch],
+    family: Family,
+    nets: ModelNetworks,
+    schedule: Schedule,
+    reward: WeightedSum,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    max_grad_norm: float,
+    recompute: bool,
+) -> Outcome:
+    """Maximise the mean reward of this process's batches by one optimizer update.
+
+    A gradient that is not finite changes nothing; `Outcome.skipped` says so.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        noise = family.noise(batch.seeds)
+        rollout = true_rollout(nets, noise, batch.cond, schedule) if plan.needs_rollout else None
+        latents = run_chain(
+            plan, nets, noise, batch.cond, schedule, recompute=recompute, rollout=rollout
+        )
+        images = family.decode(latents)  # [0, 1], still differentiable
+        parts = reward.components(images, batch.prompts)  # each (B,), higher is better
+        scores = reward.combine(parts)
+        loss = -scores.mean() / len(batches)
+        loss.backward()
+        for name, part in {"reward": scores, **parts}.items():
+            totals[name] = totals.get(name, 0) + part.detach().float().mean() / len(batches)
+
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    average_gradients(trained, accelerator)
+    grad_norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+    finite = bool(grad_norm.isfinite())
+    if finite:
+        optimizer.step()
+
+    means = torch.stack(list(totals.values()))
+    means = accelerator.reduce(means, reduction="mean")
+    values = dict(zip(totals, means.tolist(), strict=True))
+    return Outcome(values.pop("reward"), values, float(grad_norm), skipped=not finite)
+
+
+def true_rollout(
+    nets: ModelNetworks, noise: Tensor, cond: Conditioning, schedule: Schedule
+) -> Tensor:
+    """(N + 1, B, …) states of the base's own chain, for plans that pin steps to them."""
+    states: list[Tensor] = []
+    with torch.no_grad():
+        run_chain(
+            base_plan(schedule),
+            nets,
+            noise,
+            cond,
+            schedule,
+            observe=lambda _, latents: states.append(latents),
+        )
+    return torch.stack(states)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Average gradients over processes, in one message.
+
+    The networks are several views on shared parameters, which DistributedDataParallel does not
+    know; a plain all-reduce of the gradients gives the same update.
+    """
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()

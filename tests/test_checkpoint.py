@@ -1,0 +1,61 @@
+"""Checkpoints are whole or passed over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shortft.checkpoint import load_latest, save_checkpoint
+from shortft.errors import UserError
+
+
+def save(root: Path, update: int, keep: int = 2) -> Path:
+    tensors = {"lora_1": {"a.weight": torch.full((2, 3), float(update))}}
+    return save_checkpoint(root, update, tensors, {"update": update}, keep=keep)
+
+
+def test_round_trip_and_rotation(tmp_path: Path):
+    for update in (1, 2, 3):
+        save(tmp_path, update)
+    saved, notes = load_latest(tmp_path)
+    assert saved.state == {"update": 3}
+    assert torch.equal(saved.tensors["lora_1"]["a.weight"], torch.full((2, 3), 3.0))
+    assert notes == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["update-000002", "update-000003"]
+
+
+@pytest.mark.parametrize("name", ["lora_1.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / name
+    data = bytearray(victim.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 0x10
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[:-3])
+    else:
+        victim.unlink()
+    saved, notes = load_latest(tmp_path)
+    assert saved.state["update"] == 1
+    assert len(notes) == 1
+    assert "update-000002" in notes[0]
+
+
+def test_an_unfinished_folder_is_never_a_checkpoint(tmp_path: Path):
+    save(tmp_path, 1)
+    (tmp_path / ".update-000002.123").mkdir()
+    assert load_latest(tmp_path)[0].state["update"] == 1
+
+
+def test_none_is_an_error_not_a_new_run(tmp_path: Path):
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        load_latest(tmp_path)
+    broken = save(tmp_path, 1) / "manifest.json"
+    broken.write_text(json.dumps({"state.json": "0" * 64}))
+    with pytest.raises(UserError, match="checksum"):
+        load_latest(tmp_path)

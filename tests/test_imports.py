@@ -1,0 +1,54 @@
+"""Imports point one way: schedule ← plans ← chain ← step ← train; rewards know no models."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import shortft
+
+SOURCE = Path(shortft.__file__).parent
+
+# What each module may import of the package; a folder stands for all of its files.
+ALLOWED = {
+    "errors": set(),
+    "seeds": set(),
+    "quiet": set(),
+    "memory": set(),
+    "schedule": set(),
+    "checkpoint": {"errors"},
+    "inputs": {"errors", "rewards"},
+    "assets": {"errors", "inputs"},
+    "plans": {"schedule"},
+    "chain": {"plans", "schedule"},
+    "metrics": set(),
+    "rewards": {"errors", "inputs"},
+    "families": {"assets", "errors", "quiet", "schedule"},
+    "networks": {"families", "plans"},
+    "adapter": {"errors", "networks", "plans", "quiet", "schedule"},
+    "step": {"chain", "families", "networks", "plans", "rewards", "schedule"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shortft."):
+            found.add((node.module or "").split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_module_imports_only_what_lies_before_it(name: str):
+    place = SOURCE / name
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    for file in files:
+        assert imported(file) - {name} <= ALLOWED[name], file
+
+
+def test_nothing_before_the_trainer_knows_it():
+    for file in SOURCE.rglob("*.py"):
+        if "train" in imported(file):
+            assert file.stem in {"cli", "plan_view", "demo"}, file

@@ -1,0 +1,241 @@
+"""Training runs on a tiny model: exact resume, several processes, what is written, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shortft.config import Config
+from shortft.errors import UserError
+from shortft.train import MAX_SKIPPED, Trainer, stage_bounds, train
+from test_chain import make_shortcut
+from tiny import save_tiny, tiny_family
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shortcut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shortcut(tiny_family(), tmp_path_factory.mktemp("shortcut") / "s.safetensors")
+
+
+@pytest.fixture
+def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\npanda face\nrocket\n")
+    return {
+        "model": str(model),
+        "shortcut": str(shortcut),
+        "prompts": prompts,
+        "reward": "symmetry",
+        "num_steps": 8,
+        "rank": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "guidance_scale": 2.0,
+        "updates": 8,
+        "sample_every": 4,
+        "sample_prompts": 2,
+        "checkpoint_every": 2,
+        "progress": False,
+        "tensorboard": False,
+        "output_dir": tmp_path / "run",
+    }
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.stem}/{key}": value
+        for path in sorted(directory.glob("lora_*.safetensors"))
+        for key, value in load_file(path).items()
+    }
+
+
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_everything(settings):
+    config = Config(**{**settings, "updates": 24, "tensorboard": True})
+    adapter = train(config)
+    log = rows(config.output_dir)
+    assert [row["update"] for row in log] == list(range(1, 25))
+    assert [row["stage"] for row in log] == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6
+    info = json.loads((adapter / "adapter.json").read_text())
+    assert info["timesteps"] == [876, 751, 501, 251, 1]
+    assert info["stacked"] == [1, 1, 2, 3, 4]
+    samples = sorted(p.name for p in (config.output_dir / "samples").iterdir())
+    assert samples == [f"update-{n:06d}.png" for n in range(0, 25, 4)]
+    assert list((config.output_dir / "tensorboard").rglob("events*"))
+    assert (config.output_dir / "config.yaml").exists()
+
+
+def test_resume_equals_the_uninterrupted_run(settings, tmp_path: Path):
+    whole = Config(**{**settings, "output_dir": tmp_path / "whole"})
+    train(whole)
+    parts = Config(**{**settings, "output_dir": tmp_path / "parts"})
+    interrupted = Trainer(parts)
+    from shortft.drawing.progress import TrainProgress
+    from shortft.train import MetricsLog, run_updates
+
+    parts.output_dir.mkdir()
+    log = MetricsLog(parts.output_dir / "metrics.jsonl", 0, enabled=True)
+    original = interrupted.update
+
+    def dies_in_update_six():
+        if interrupted.counters.update == 5:
+            raise KeyboardInterrupt
+        return original()
+
+    interrupted.update = dies_in_update_six  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_updates(interrupted, log, TrainProgress(8, enabled=False))
+    assert len(rows(parts.output_dir)) == 5
+    train(parts, resume=True)
+
+    one, two = weights(whole.output_dir / "adapter"), weights(parts.output_dir / "adapter")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    last = "checkpoints/update-000008"
+    for number in range(1, 5):
+        file = f"{last}/optimizer_{number}.safetensors"
+        a, b = load_file(whole.output_dir / file), load_file(parts.output_dir / file)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    keep = ("update", "stage", "reward", "grad_norm")
+    assert [{k: r[k] for k in keep} for r in rows(whole.output_dir)] == [
+        {k: r[k] for k in keep} for r in rows(parts.output_dir)
+    ]
+
+
+def test_accumulation_gives_the_same_updates(settings, tmp_path: Path):
+    for splits in (1, 4):
+        train(
+            Config(
+                **{
+                    **settings,
+                    "updates": 4,
+                    "accumulation": splits,
+                    "sample_every": 0,
+                    "output_dir": tmp_path / f"run{splits}",
+                }
+            )
+        )
+    one, four = (weights(tmp_path / f"run{n}" / "adapter") for n in (1, 4))
+    for name, value in one.items():
+        torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_updates(settings, tmp_path: Path):
+    from shortft.config import to_yaml
+
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"processes{processes}"
+        config = Config(**{**settings, "updates": 4, "sample_every": 0, "output_dir": out})
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(to_yaml(config))
+        launch = [sys.executable, "-m"]
+        if processes > 1:
+            launch += ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+            launch += ["--num_machines", "1", "--mixed_precision", "no"]
+            launch += ["--num_cpu_threads_per_process", "1", "--dynamo_backend", "no", "-m"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src"}
+        done = subprocess.run(
+            [*launch, "shortft", "train", str(file)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append((weights(out / "adapter"), rows(out)))
+    (one, log_one), (two, log_two) = results
+    assert len(log_two) == 4
+    for a, b in zip(log_one, log_two, strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], rel=1e-5)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(settings):
+    trainer = Trainer(Config(**settings))
+    trainer.update()
+    trained = [p for n in range(1, 5) for p in trainer.nets.parameters_of(n).values()]
+    before = [p.detach().clone() for p in trained]
+    moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+
+    components = trainer.reward.components
+    trainer.reward.components = lambda images, prompts: {  # type: ignore[method-assign]
+        name: part * float("nan") for name, part in components(images, prompts).items()
+    }
+    _, outcome = trainer.update()
+    assert outcome.skipped
+    assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+    after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    trainer.counters.skipped = MAX_SKIPPED - 1
+    with pytest.raises(UserError, match="not finite"):
+        trainer.update()
+
+
+def test_noise_and_prompts_do_not_depend_on_the_split(settings):
+    whole = Trainer(Config(**settings)).batches(3)
+    split = Trainer(Config(**{**settings, "accumulation": 2})).batches(3)
+    assert whole[0].prompts == [p for b in split for p in b.prompts]
+    assert whole[0].seeds == [s for b in split for s in b.seeds]
+    assert len(set(whole[0].seeds)) == 4
+
+
+def test_every_prompt_once_per_epoch(settings):
+    trainer = Trainer(Config(**settings))
+    seen = [p for update in range(3) for b in trainer.batches(update) for p in b.prompts]
+    assert all(sorted(seen[i : i + 3]) == sorted(trainer.prompts) for i in range(0, 12, 3))
+
+
+def test_bf16_trains(settings):
+    config = Config(**{**settings, "precision": "bf16", "updates": 4, "sample_every": 0})
+    adapter = train(config)
+    assert all(value.dtype == torch.float32 for value in weights(adapter).values())
+    assert all(row["grad_norm"] > 0 for row in rows(config.output_dir))
+
+
+def test_stage_shares_decide_when_stages_end(settings):
+    config = Config(**{**settings, "stage_shares": (0.5, 0.25, 0.25, 0.0)})
+    assert stage_bounds(config) == [0.5, 0.75, 1.0, 1.0]
+    train(config)
+    assert [row["stage"] for row in rows(config.output_dir)] == [1] * 4 + [2] * 2 + [3] * 2
+
+
+def test_mistakes_are_told_before_anything_is_written(settings, tmp_path: Path):
+    for change, message in (
+        ({"segments": 7, "num_steps": 7}, "segments"),
+        ({"shortcut": "auto"}, "shortcut"),
+        ({"prompts": None}, "prompts"),
+        ({"model": str(tmp_path)}, "model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(Config(**{**settings, **change}))
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_neither_overwritten_nor_changed(settings):
+    config = Config(**{**settings, "updates": 2, "sample_every": 0})
+    train(config)
+    with pytest.raises(UserError, match="--resume"):
+        train(config)
+    with pytest.raises(UserError, match="--rank 3"):
+        train(config.model_copy(update={"rank": 3}), resume=True)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        train(config.model_copy(update={"output_dir": config.output_dir / "no"}), resume=True)
