@@ -1,0 +1,283 @@
+"""The ``shortft`` command line. Heavy imports live inside the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shortft import __version__
+from shortft.assets import EMBEDDED
+from shortft.cli_options import (
+    REWARD,
+    BatchOption,
+    GuidanceOption,
+    ModelOption,
+    OutputDirOption,
+    PrecisionOption,
+    PromptsOption,
+    SeedOption,
+    SegmentsOption,
+    ShortcutOption,
+    StepsOption,
+    StrengthOption,
+    with_config_options,
+)
+from shortft.config import Config, load_config, to_yaml
+from shortft.errors import UserError
+from shortft.inputs import read_prompts
+
+app = typer.Typer(
+    help="Align a text-to-image model with a differentiable reward by ShortFT.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Every mistake in option names or values; typer keeps this class of click in varying places.
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG.yaml", help="Settings in YAML; options take precedence."),
+]
+AdapterFile = Annotated[Path, typer.Option(exists=True, help="Directory of the trained adapter.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (check failed), 2 (mistake), 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments or ["--help"], standalone_mode=False) or 0
+    except UserError as error:
+        message = str(error)
+    except Exception as error:
+        if not isinstance(error, USAGE_ERROR):
+            raise
+        message = error.format_message()  # type: ignore[attr-defined]
+    except KeyboardInterrupt:
+        return 130
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"shortft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_config_options
+def train(
+    config_file: ConfigFile = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the complete configuration and stop.")
+    ] = False,
+    **options: object,
+) -> None:
+    """Train a reward LoRA. Every setting has an option and a line in CONFIG.yaml."""
+    config = _config(config_file, options)
+    if dry_run:
+        print(to_yaml(config), end="")
+        return
+    from shortft.train import train
+
+    train(config, resume=resume)
+
+
+@app.command()
+@with_config_options
+def plan(
+    config_file: ConfigFile = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw the plan into this PNG file.")] = None,
+    **options: object,
+) -> None:
+    """Draw the chain of every stage and its cost. Takes the options of train."""
+    config = _config(config_file, options)
+    from shortft.plan_view import show_plan
+
+    show_plan(config, png)
+
+
+@app.command()
+def sample(
+    model: ModelOption = EMBEDDED,
+    adapter: Annotated[
+        Path | None, typer.Option(exists=True, help="Directory of the trained adapter.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; may be given several times.")
+    ] = None,
+    prompts: PromptsOption = None,
+    output_dir: OutputDirOption = Path("runs/sample"),
+    seed: SeedOption = 0,
+    num_steps: StepsOption = 50,
+    guidance_scale: GuidanceOption = None,
+    strength: StrengthOption = 1.0,
+    batch_size: BatchOption = 8,
+) -> None:
+    """Draw pictures with the base model or with an adapter."""
+    wanted = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not wanted:
+        raise UserError("--prompt: nothing to draw; give --prompt TEXT or --prompts FILE")
+    from shortft.sampling import sample
+
+    sample(
+        model=model,
+        adapter=adapter,
+        prompts=wanted,
+        output_dir=output_dir,
+        seed=seed,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        strength=strength,
+        batch_size=batch_size,
+    )
+
+
+@app.command()
+def evaluate(
+    adapter: AdapterFile,
+    model: ModelOption = EMBEDDED,
+    reward: Annotated[str, REWARD] = "clip",
+    reward_model: Annotated[
+        str | None, typer.Option(help="CLIP scorer: a directory or a hub id.")
+    ] = None,
+    prompts: PromptsOption = None,
+    output_dir: OutputDirOption = Path("runs/evaluate"),
+    seeds: Annotated[int, typer.Option(min=1, help="Noises per prompt.")] = 3,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, from the list's start.")] = 48,
+    num_steps: StepsOption = 50,
+    guidance_scale: GuidanceOption = None,
+    strength: StrengthOption = 1.0,
+    precision: PrecisionOption = "fp32",
+) -> None:
+    """Measure base and tuned model side by side, on the same prompts and noise."""
+    if prompts is not None:
+        read_prompts(prompts)
+    from shortft.evaluate import evaluate_command
+
+    evaluate_command(
+        model=model,
+        adapter=adapter,
+        reward=reward,
+        reward_model=reward_model,
+        prompts_path=prompts,
+        output_dir=output_dir,
+        seeds=seeds,
+        num_prompts=num_prompts,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        strength=strength,
+        precision=precision,
+    )
+
+
+@app.command()
+def check(
+    model: ModelOption = EMBEDDED,
+    shortcut: ShortcutOption = "auto",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Trajectories to measure on.")] = 16,
+    seed: SeedOption = 0,
+    num_steps: StepsOption = 50,
+    segments: SegmentsOption = 4,
+    guidance_scale: GuidanceOption = None,
+    prompts: PromptsOption = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> int:
+    """Measure how faithful a shortcut is. Exit code 1 when no better than a plain DDIM jump."""
+    from shortft.shortcut_check import check_command
+
+    return check_command(
+        model=model,
+        shortcut=shortcut,
+        num_prompts=num_prompts,
+        seed=seed,
+        num_steps=num_steps,
+        segments=segments,
+        guidance_scale=guidance_scale,
+        output=output,
+        prompts_path=prompts,
+    )
+
+
+@app.command()
+def shortcut(
+    model: ModelOption = EMBEDDED,
+    output: Annotated[Path, typer.Option(help="The LoRA's file, .safetensors.")] = Path(
+        "runs/shortcut.safetensors"
+    ),
+    kind: Annotated[
+        Literal["regression", "consistency"], typer.Option(help="How the LoRA is distilled.")
+    ] = "regression",
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training time.")] = 20.0,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
+    batch_size: BatchOption = 32,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Learning rate.")] = 1e-3,
+    num_steps: StepsOption = 50,
+    segments: SegmentsOption = 4,
+    guidance_scale: GuidanceOption = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Size of the teacher's bank.")] = 2000,
+    seed: SeedOption = 0,
+    prompts: PromptsOption = None,
+    precision: PrecisionOption = "bf16",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
+) -> None:
+    """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""
+    from shortft.distill import distill_command
+
+    distill_command(
+        model=model,
+        output=output,
+        kind=kind,
+        minutes=minutes,
+        rank=rank,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_steps=num_steps,
+        segments=segments,
+        guidance_scale=guidance_scale,
+        trajectories=trajectories,
+        seed=seed,
+        precision=precision,
+        prompts_path=prompts,
+        resume=resume,
+    )
+
+
+@app.command()
+def demo(
+    output_dir: OutputDirOption = Path("runs/demo"),
+    reward: Annotated[str | None, REWARD] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Training time; default: the demo's own.")
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Do the whole job on the embedded model: train, evaluate, draw; minutes on two cores."""
+    from shortft.demo import demo
+
+    demo(output_dir=output_dir, reward=reward, minutes=minutes, seed=seed)
+
+
+def _config(path: Path | None, options: dict[str, object]) -> Config:
+    return load_config(path, {name: v for name, v in options.items() if v is not None})

@@ -1,0 +1,105 @@
+"""Command-line options: those that several commands share, and those made from `Config`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from shortft.assets import EMBEDDED
+from shortft.config import Config, option_name
+from shortft.inputs import check_model_source, check_output_dir, check_reward, check_shortcut
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="Base model: 'emoji' (embedded), a diffusers directory, or a hub id.",
+        callback=lambda value: check_model_source("--model", value, EMBEDDED),
+    ),
+]
+REWARD = typer.Option(
+    help="A reward's name, or weighted names such as 'clip:1,symmetry:0.2'.",
+    callback=lambda value: value if value is None else check_reward(value),
+)
+ShortcutOption = Annotated[
+    str,
+    typer.Option(
+        help="Few-step LoRA: 'auto' (shipped for the model), 'none' (DDIM jump), or a file.",
+        callback=lambda value: check_shortcut("--shortcut", value),
+    ),
+]
+OutputDirOption = Annotated[
+    Path,
+    typer.Option(
+        help="Directory to write into; made if absent.",
+        callback=lambda value: check_output_dir("--output-dir", value),
+    ),
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="UTF-8 text file of prompts, one a line.", metavar="FILE")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+StepsOption = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of the chain.")]
+SegmentsOption = Annotated[int, typer.Option(min=1, help="Segments of the chain.")]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(min=1, help="Classifier-free guidance; default: the model's own."),
+]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16"], typer.Option(help="Number format of the frozen networks.")
+]
+StrengthOption = Annotated[
+    float, typer.Option(help="Scale of the adapter: 0 = base model, 1 = as trained.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Pictures or samples per network call.")]
+
+
+def with_config_options(command: Command) -> Command:
+    """Replace the ``**options`` of `command` by one command-line option per field of `Config`.
+
+    Values arrive as text (flags as booleans), None where not given: `Config` alone parses and
+    checks them, so a configuration file and the command line obey the same rules.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    generated = [_parameter(name, field) for name, field in Config.model_fields.items()]
+    command.__signature__ = signature.replace(parameters=own + generated)  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = field.annotation is bool
+    option = option_name(name)
+    declared = typer.Option(
+        f"{option}/--no-{option[2:]}" if flag else option,
+        help=f"{field.description} [default: {_shown(field.default)}]",
+        metavar=None if flag else _metavar(field.annotation),
+    )
+    annotation = (bool if flag else str) | None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation, declared],
+    )
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    for kind, shown in ((int, "INTEGER"), (float, "NUMBER"), (Path, "PATH"), (str, "TEXT")):
+        if annotation is kind or kind in get_args(annotation):
+            return shown
+    return "NUMBERS"
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "none" if default is None else str(default)

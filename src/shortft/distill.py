@@ -1,0 +1,448 @@
+"""Make a shortcut: a few-step LoRA that jumps over ShortFT's segments like the base would walk.
+
+Two ways. `regression` fits each jump to where the base's own guided chain goes: the sampler is a
+deterministic map, so it needs no images and its targets have no noise; states that the
+shortened chain itself visits are added as it learns, so that errors do not add up over the
+chain. `consistency` is trajectory-segmented consistency distillation (Hyper-SD §3.1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shortft.chain import run_chain
+from shortft.errors import UserError
+from shortft.families.base import Conditioning, Family, Guidance
+from shortft.networks import SHORTCUT, add_lora, lora_parameters, lora_state, view
+from shortft.plans import Step, base_plan
+from shortft.schedule import Schedule, segments, to_x0_eps
+from shortft.seeds import generator, sample_seed
+from shortft.shortcut_check import Fidelity, Jumper, Jumping, jump_plan, measure
+
+Kind = Literal["regression", "consistency"]
+
+
+@dataclass
+class Bank:
+    """Pieces of the base's guided trajectories: from `begin` it walks to `end` at point `stop`.
+
+    Attributes:
+        start, stop: (M,) schedule points.
+        begin, end: (M, C, h, w) latents.
+        prompt: (M,) rows of the prompt table.
+    """
+
+    start: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    stop: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    prompt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    begin: Tensor = field(default_factory=lambda: torch.empty(0))
+    end: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def add(self, start: int, stop: int, begin: Tensor, end: Tensor, prompt: Tensor) -> None:
+        count = len(begin)
+        self.start = torch.cat([self.start, torch.full((count,), start)])
+        self.stop = torch.cat([self.stop, torch.full((count,), stop)])
+        self.prompt = torch.cat([self.prompt, prompt])
+        self.begin = torch.cat([self.begin, begin.float()]) if len(self.begin) else begin.float()
+        self.end = torch.cat([self.end, end.float()]) if len(self.end) else end.float()
+
+
+class Distiller:
+    """Trains a shortcut LoRA on a view of the family's denoiser.
+
+    Args:
+        family: the model to imitate.
+        guidance: the guidance of the chain to imitate; the shortcut learns it and runs without.
+        cond: encoded prompts to draw from.
+        rank: of the LoRA on attention, feed-forward, convolution, projection and time layers.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        schedule: Schedule,
+        k: int,
+        guidance: Guidance,
+        cond: Conditioning,
+        *,
+        rank: int = 64,
+        seed: int = 0,
+        ema_decay: float = 0.998,
+    ) -> None:
+        self.family, self.schedule, self.k = family, schedule, k
+        self.guidance, self.cond = guidance, cond
+        self.seed, self.ema_decay = seed, ema_decay
+        self.parts = segments(schedule, k)
+        self.student = view(family.denoiser)
+        add_lora(
+            self.student,
+            SHORTCUT,
+            rank=rank,
+            targets=family.shortcut_targets,
+            generator=generator(seed, 0),
+        )
+        self.student.to(family.device)
+        # The frozen weights stay frozen; peft lets only the new ones require gradient.
+        self.parameters = lora_parameters(self.student, SHORTCUT)
+        family.denoiser.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.teacher_view = view(self.student, frozen=True)
+        self.updates = 0
+        self._draws = 0
+
+    # What the base does
+
+    @torch.no_grad()
+    def walk(self, latents: Tensor, cond: Conditioning, start: int, stop: int) -> Tensor:
+        """The base's guided chain from one point to a later one."""
+        for i in range(start, stop):
+            step = Step(i, i + 1, "base")
+            latents = self._jump(step, latents, cond)
+        return latents
+
+    @torch.no_grad()
+    def true_pieces(self, bank: Bank, count: int) -> Tensor:
+        """Add `count` true trajectories to the bank, cut at the segments' jumps.
+
+        Returns:
+            (count, C, h, w) the chain's ends.
+        """
+        rows, cond, noise = self._draw(count)
+        states: dict[int, Tensor] = {}
+        nets = Jumping(self.family, self.guidance, self._jumper())
+        run_chain(
+            base_plan(self.schedule), nets, noise, cond, self.schedule, observe=states.__setitem__
+        )
+        for part in self.parts:
+            if len(part) > 1:
+                bank.add(part[0], part[-1], states[part[0]], states[part[-1]], rows)
+        return states[self.schedule.num_steps]
+
+    @torch.no_grad()
+    def visited_pieces(self, bank: Bank, count: int) -> None:
+        """Add states that the shortened chain visits, with where the base would take them."""
+        rows, cond, noise = self._draw(count)
+        states: dict[int, Tensor] = {}
+        nets = Jumping(self.family, self.guidance, self._jumper())
+        run_chain(
+            jump_plan(self.schedule, self.k, first=False),
+            nets,
+            noise,
+            cond,
+            self.schedule,
+            observe=states.__setitem__,
+        )
+        for part in self.parts[2:]:
+            if len(part) > 1:
+                begin = states[part[0]]
+                end = self.walk(begin, cond, part[0], part[-1])
+                bank.add(part[0], part[-1], begin, end, rows)
+
+    # Losses: (B,) per sample
+
+    def regression_loss(self, bank: Bank, batch_size: int) -> Tensor:
+        """Pseudo-Huber distance of the student's jumps from the base's, in units of the jump."""
+        rows = self._rows(len(bank), batch_size)
+        start, stop = bank.start[rows], bank.stop[rows]
+        begin, end = bank.begin[rows], bank.end[rows]
+        landed = self._student_jump(self.student, begin, self.cond[bank.prompt[rows]], start, stop)
+        return _distance(landed, end, (end - begin))
+
+    def consistency_loss(self, images: Tensor, prompts: Tensor, batch_size: int) -> Tensor:
+        """Trajectory-segmented consistency (Hyper-SD eq. 4) on the chain's own grid.
+
+        A sample is noised to a point n of a segment, the base takes one guided step, and the
+        student's jumps from both to a common later point of the segment must agree.
+        """
+        device = images.device
+        rows = self._rows(len(images), batch_size)
+        points = [(i, p[-1]) for p in self.parts for i in p[:-1]]
+        picked = self._rows(len(points), batch_size).tolist()
+        here = torch.tensor([points[i][0] for i in picked], device=device)
+        floor = torch.tensor([points[i][1] for i in picked], device=device)
+        share = torch.rand(batch_size, generator=self._generator())
+        # A target point in [n + 1, floor], drawn per sample.
+        target = here + 1 + (share.to(device) * (floor - here)).long().clamp(max=floor.max())
+        target = torch.minimum(target, floor)
+        cond = self.cond[prompts[rows]]
+        x0 = images[rows]
+        noise = torch.randn(x0.shape, generator=self._generator()).to(device)
+        alpha, sigma = self._coefficients(here, x0)
+        x = alpha * x0 + sigma * noise
+        with torch.no_grad():
+            timesteps = self.schedule.timesteps.to(device)[here]
+            eps = self.family.predict(self.family.denoiser, x, timesteps, cond, self.guidance)
+            following = self._move(x, eps, here, here + 1)
+            # Where the next point is the target itself, the teacher's point is the answer.
+            last = (here + 1 >= target).view(-1, 1, 1, 1)
+            safe = torch.minimum(here + 1, target - 1).clamp(min=0)
+            ahead = self._student_jump(self.teacher_view, following, cond, safe, target)
+            answer = torch.where(last, following, ahead)
+        landed = self._student_jump(self.student, x, cond, here, target)
+        return _distance(landed, answer, self._move(x, noise, here, target) - x)
+
+    # The training loop's pieces
+
+    def update(self, loss_B: Tensor, optimizer: torch.optim.Optimizer) -> float:
+        """One optimizer update and one of the average."""
+        loss = loss_B.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        optimizer.step()
+        self.updates += 1
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+        return float(loss.detach())
+
+    def averaged(self) -> nn.Module:
+        """A view with the averaged LoRA; it follows later updates of the average."""
+        module = view(self.student, frozen=True)
+        for name, parameter in lora_parameters(module, SHORTCUT).items():
+            parameter.data = self.average[name]
+        return module
+
+    def save(self, path: Path) -> None:
+        """Write the averaged LoRA in diffusers' layout."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}")
+        state = {key: v.half() for key, v in lora_state(self.averaged(), SHORTCUT).items()}
+        self.family.save_lora(state, scratch)
+        scratch.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved LoRA of the same rank and layers."""
+        other = view(self.family.denoiser)
+        self.family.load_lora(other, path, SHORTCUT)
+        saved = lora_parameters(other, SHORTCUT)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if name not in saved or saved[name].shape != parameter.shape:
+                    raise UserError(
+                        f"{path}: has another rank or other layers; use the same --rank"
+                    )
+                parameter.copy_(saved[name])
+                self.average[name].copy_(saved[name])
+
+    def _jumper(self) -> Jumper:
+        return Jumper("shortcut", self.averaged(), Guidance())
+
+    def _jump(self, step: Step, latents: Tensor, cond: Conditioning) -> Tensor:
+        nets = Jumping(self.family, self.guidance, self._jumper())
+        timestep = float(self.schedule.timesteps[step.start])
+        prediction = nets.predict(step, latents, timestep, cond)
+        here = torch.full((len(latents),), step.start, device=latents.device)
+        return self._move(latents, prediction, here, here + (step.stop - step.start))
+
+    def _student_jump(
+        self, net: nn.Module, x: Tensor, cond: Conditioning, start: Tensor, stop: Tensor
+    ) -> Tensor:
+        timesteps = self.schedule.timesteps.to(x.device)[start]
+        return self._move(x, self.family.predict(net, x, timesteps, cond, Guidance()), start, stop)
+
+    def _move(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """`schedule.jump` with points per sample."""
+        alpha, sigma = self._coefficients(start, x)
+        x0, eps = to_x0_eps(x, prediction, alpha, sigma, self.schedule.prediction_type)
+        alpha, sigma = self._coefficients(stop, x)
+        return alpha * x0 + sigma * eps
+
+    def _coefficients(self, points: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (x.dim() - 1))
+        alpha = self.schedule.alpha.to(points.device)[points]
+        sigma = self.schedule.sigma.to(points.device)[points]
+        return alpha.view(shape).to(x), sigma.view(shape).to(x)
+
+    def _draw(self, count: int) -> tuple[Tensor, Conditioning, Tensor]:
+        rows = self._rows(len(self.cond), count)
+        self._draws += 1
+        seeds = [sample_seed(self.seed, 1, self._draws, i) for i in range(count)]
+        return rows, self.cond[rows], self.family.noise(seeds)
+
+    def _rows(self, total: int, count: int) -> Tensor:
+        return torch.randint(total, (count,), generator=self._generator())
+
+    def _generator(self) -> torch.Generator:
+        self._draws += 1
+        return generator(self.seed, 2, self._draws)
+
+
+def _distance(x: Tensor, target: Tensor, unit: Tensor, c: float = 0.03) -> Tensor:
+    """(B,) pseudo-Huber distance (Song & Dhariwal 2023 §3.3), relative to the norm of `unit`."""
+    scale = unit.flatten(1).norm(dim=1).clamp(min=1e-6)
+    relative = (x - target).flatten(1).norm(dim=1) / scale
+    return (relative.square() + c**2).sqrt() - c
+
+
+def distill(
+    distiller: Distiller,
+    kind: Kind,
+    *,
+    minutes: float,
+    batch_size: int,
+    learning_rate: float,
+    trajectories: int,
+    report: Callable[[str], None],
+    save: Callable[[], None],
+    fidelity: Callable[[], list[Fidelity]],
+    sample_batch: int = 64,
+) -> None:
+    """Train for a wall-clock budget, sampling trajectories included.
+
+    A quarter of the trajectories is made before the first update, the rest on the way; from
+    half-time on, regression adds as many states of the shortened chain.
+    """
+    began = time.monotonic()
+    budget = minutes * 60
+    optimizer = torch.optim.AdamW(
+        distiller.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    bank = Bank()
+    images: list[Tensor] = []
+    prompts: list[Tensor] = []
+    made = 0
+    last_report = last_save = began
+
+    def more(count: int) -> None:
+        nonlocal made
+        before = len(bank)
+        images.append(distiller.true_pieces(bank, count))
+        prompts.append(bank.prompt[before : before + count])
+        made += count
+
+    smooth: float | None = None
+    while (elapsed := time.monotonic() - began) < budget:
+        done = elapsed / budget
+        if made < trajectories * min(1.0, 0.25 + done):
+            more(sample_batch)
+            if kind == "regression" and distiller.updates and done > 0.3:
+                distiller.visited_pieces(bank, sample_batch)
+            if made < trajectories * 0.25:
+                continue
+        warm = min(1.0, distiller.updates / 50 + 0.02)
+        rate = learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if kind == "regression":
+            loss_B = distiller.regression_loss(bank, batch_size)
+        else:
+            loss_B = distiller.consistency_loss(torch.cat(images), torch.cat(prompts), batch_size)
+        loss = distiller.update(loss_B, optimizer)
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        now = time.monotonic()
+        if now - last_report > 20:
+            last_report = now
+            report(
+                f"{elapsed / 60:5.1f} min  update {distiller.updates}  loss {smooth:.4f}  "
+                f"lr {rate:.1e}  trajectories {made}  pieces {len(bank)}"
+            )
+        if now - last_save > 150:
+            save()
+            for f in fidelity()[:1]:
+                errors = " ".join(f"{e:.3f}" for e in f.jump_error)
+                report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
+            last_save = time.monotonic()
+    save()
+
+
+def distill_command(
+    model: str,
+    output: Path,
+    kind: Kind,
+    minutes: float,
+    rank: int,
+    batch_size: int,
+    learning_rate: float,
+    num_steps: int,
+    segments: int,
+    guidance_scale: float | None,
+    trajectories: int,
+    seed: int,
+    resume: bool,
+    precision: str = "bf16",
+    prompts_path: Path | None = None,
+) -> None:
+    """`shortft shortcut`: make a shortcut LoRA for a model and say how faithful it is."""
+    from rich.console import Console
+
+    from shortft.assets import prompts_for
+    from shortft.families import load_family
+    from shortft.inputs import read_prompts
+
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: must end in .safetensors")
+    if output.exists() and not resume:
+        raise UserError(
+            f"--output {output}: exists; pass --resume to go on from it, or another name"
+        )
+    if prompts_path is None:
+        training, held_out = prompts_for(model, "train"), prompts_for(model, "held_out")[:32]
+    else:  # every tenth prompt only measures
+        listed = read_prompts(prompts_path)
+        held_out = listed[::10][:32]
+        training = [prompt for prompt in listed if prompt not in held_out] or listed
+    console = Console()
+    family = load_family(model, precision=precision)
+    guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
+    schedule = family.schedule(num_steps)
+    cond = family.encode(training)
+    distiller = Distiller(family, schedule, segments, guidance, cond, rank=rank, seed=seed)
+    if resume and output.exists():
+        distiller.load(output)
+    noise = family.noise([sample_seed(seed, 3, i) for i in range(len(held_out))])
+    held_out_cond = family.encode(held_out)
+
+    def fidelity() -> list[Fidelity]:
+        jumpers = [
+            Jumper("shortcut", distiller.averaged(), Guidance()),
+            Jumper("plain DDIM jump", family.denoiser, Guidance()),
+            Jumper("guided DDIM jump", family.denoiser, guidance),
+        ]
+        return measure(family, jumpers, schedule, segments, held_out_cond, noise, guidance)
+
+    distill(
+        distiller,
+        kind,
+        minutes=minutes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        trajectories=trajectories,
+        report=console.print,
+        save=lambda: distiller.save(output),
+        fidelity=fidelity,
+    )
+    card: dict[str, Any] = {
+        "model": model,
+        "kind": kind,
+        "minutes": minutes,
+        "updates": distiller.updates,
+        "rank": rank,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "num_steps": num_steps,
+        "segments": segments,
+        "guidance_scale": guidance.scale,
+        "trajectories": trajectories,
+        "seed": seed,
+        "held_out": [vars(f) for f in fidelity()],
+    }
+    output.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    for f in card["held_out"]:
+        errors = " ".join(f"{e:.3f}" for e in f["jump_error"])
+        console.print(f"{f['name']}: error {errors}, chain {f['chain_psnr']:.1f} dB")
+    console.print(f"{output}: check it on fresh samples by `shortft check`")

@@ -1,0 +1,204 @@
+"""Base against tuned: same prompts, same noise, by the plain inference chain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shortft.assets import EMBEDDED, asset, prompts_for
+from shortft.errors import UserError
+from shortft.families import load_family
+from shortft.families.base import Family
+from shortft.inputs import read_prompts
+from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
+from shortft.networks import ModelNetworks
+from shortft.plans import base_plan
+from shortft.rewards import make_reward
+from shortft.rewards.clip import ClipReward
+from shortft.rewards.combine import WeightedSum
+from shortft.sampling import generate, load_tuned
+from shortft.seeds import generator, sample_seed
+
+EVALUATION = 4  # place in the seed's name space
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was evaluated, prompt-major: `seeds` pictures of the first prompt, then the next.
+
+    Attributes:
+        prompts: (P·S,) prompts.
+        before, after: (P·S, 3, H, W) images of base and tuned model.
+        scores_before, scores_after: (P·S,) rewards.
+    """
+
+    prompts: list[str]
+    before: Tensor
+    after: Tensor
+    scores_before: Tensor
+    scores_after: Tensor
+
+
+def held_out_scorer(model: str) -> ClipReward | None:
+    """The scorer that only ever measures; ships for the embedded model."""
+    if model != EMBEDDED:
+        return None
+    return ClipReward.load(asset("scorers", "held_out"))
+
+
+def evaluate(
+    family: Family,
+    adapter: Path,
+    reward: WeightedSum,
+    prompts: list[str],
+    *,
+    seeds: int,
+    num_steps: int,
+    guidance_scale: float | None = None,
+    strength: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Any], Pictures]:
+    """Measure an adapter.
+
+    Args:
+        seeds: noises per prompt, at least 2 (diversity compares pictures of one prompt).
+        seed: of the noise; noise j of prompt i is the same for base and tuned.
+
+    Returns:
+        The figures, each with 95 % bootstrap intervals over prompts, and the pictures.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(seeds)]
+    noises = [
+        sample_seed(seed, EVALUATION, i, j) for i in range(len(prompts)) for j in range(seeds)
+    ]
+    cond = family.encode(repeated)
+    nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
+    base = ModelNetworks(family, guidance=nets.guidance)
+    progress("base")
+    before = generate(family, base, base_plan(schedule), schedule, cond, noises)
+    progress("tuned")
+    after = generate(family, nets, plan, schedule, cond, noises)
+    progress("scores")
+    scored = [_scores(reward, images, repeated) for images in (before, after)]
+    figures: dict[str, Any] = {
+        "model": family.source,
+        "prompts": len(prompts),
+        "seeds_per_prompt": seeds,
+        "seed": seed,
+        "num_steps": num_steps,
+        "strength": strength,
+        "reward": _compared(reward.name, scored[0], scored[1], seeds),
+    }
+    scorer = held_out_scorer(family.source)
+    if scorer is not None:
+        held_out = [_scores(scorer, images, repeated) for images in (before, after)]
+        figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
+        variety = [diversity(images, scorer.embed_images, repeated) for images in (before, after)]
+        figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
+    figures["reports"] = {
+        part.name: {
+            **_compared(
+                part.report_name, part.report(before, repeated), part.report(after, repeated), seeds
+            ),
+            "higher_is_better": part.report_higher_is_better,
+        }
+        for part, _ in reward.parts
+    }
+    figures["warnings"] = collapse_warnings(before, after)
+    return figures, Pictures(repeated, before, after, scored[0], scored[1])
+
+
+@torch.no_grad()
+def _scores(reward: WeightedSum | ClipReward, images: Tensor, prompts: list[str]) -> Tensor:
+    parts = [
+        reward(images[i : i + 64], prompts[i : i + 64]).float().cpu()
+        for i in range(0, len(images), 64)
+    ]
+    return torch.cat(parts)
+
+
+def _compared(name: str, before: Tensor, after: Tensor, seeds: int) -> dict[str, Any]:
+    """Means, their intervals over prompts, and the interval of the paired change."""
+    old, new = (x.float().cpu().view(-1, seeds).mean(1) for x in (before, after))
+    pick = generator(0, EVALUATION)
+    return {
+        "name": name,
+        "before": float(old.mean()),
+        "after": float(new.mean()),
+        "before_interval": bootstrap_interval(old, pick)[1:],
+        "after_interval": bootstrap_interval(new, pick)[1:],
+        "change_interval": bootstrap_interval(new - old, pick)[1:],
+    }
+
+
+def evaluate_command(
+    model: str,
+    adapter: Path,
+    reward: str,
+    reward_model: str | None,
+    prompts_path: Path | None,
+    output_dir: Path,
+    seeds: int,
+    num_prompts: int,
+    num_steps: int,
+    guidance_scale: float | None,
+    strength: float,
+    precision: str,
+) -> None:
+    """`shortft evaluate`: print the table, write evaluation.json and before_after.png."""
+    from rich.console import Console
+
+    from shortft.adapter import read_info
+    from shortft.drawing.progress import summary_table
+
+    if seeds < 2:
+        raise UserError(
+            f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
+        )
+    read_info(adapter)
+    prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
+    console = Console()
+    family = load_family(model, precision=precision)
+    scored_by = make_reward(reward, reward_model)
+    with console.status("") as status:
+        figures, pictures = evaluate(
+            family,
+            adapter,
+            scored_by,
+            prompts[:num_prompts],
+            seeds=seeds,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw_before_after(output_dir / "before_after.png", pictures, seeds)
+    console.print(summary_table(figures))
+    for warning in figures["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+    console.print(f"{output_dir}/evaluation.json, {output_dir}/before_after.png", markup=False)
+
+
+def draw_before_after(path: Path, pictures: Pictures, seeds: int, count: int = 16) -> None:
+    """The first noise of evenly spaced prompts, base above tuned."""
+    from shortft.drawing.grids import before_after
+
+    total = len(pictures.prompts) // seeds
+    rows = [i * total // min(count, total) * seeds for i in range(min(count, total))]
+    before_after(
+        path,
+        pictures.before[rows],
+        pictures.after[rows],
+        [pictures.prompts[row] for row in rows],
+        scores_before=pictures.scores_before[rows],
+        scores_after=pictures.scores_after[rows],
+    )

@@ -1,0 +1,135 @@
+"""`shortft plan`: what each stage of a run will do, and what it will cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shortft.config import Config
+from shortft.families.base import Conditioning
+from shortft.plans import Plan, Step
+from shortft.schedule import segments
+from shortft.train import Trainer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and bytes of single calls at a run's micro-batch size, measured once.
+
+    Attributes:
+        forward: seconds of a call without gradient (guided base).
+        gradient: seconds of a call with gradient, forward and backward (guided policy).
+        decode: seconds of decoding and scoring with gradient.
+        call_bytes: activations that a call with gradient keeps.
+        decode_bytes: activations that decoding and scoring keep.
+    """
+
+    forward: float
+    gradient: float
+    decode: float
+    call_bytes: int
+    decode_bytes: int
+
+    def seconds(self, plan: Plan, *, recompute: bool) -> float:
+        """Of one micro-batch."""
+        again = self.forward * plan.grad_calls if recompute else 0.0
+        without = self.forward * (plan.calls - plan.grad_calls)
+        return without + self.gradient * plan.grad_calls + again + self.decode
+
+    def activation_bytes(self, plan: Plan, *, recompute: bool) -> int:
+        """Activations held at the peak of one micro-batch."""
+        kept = 1 if recompute else plan.grad_calls
+        return self.call_bytes * kept + self.decode_bytes
+
+
+def measure_cost(trainer: Trainer) -> Cost:
+    """Time one call of each kind on real modules; the second of two, the first warms up."""
+    batch = trainer.batches(0)[0]
+    noise = trainer.family.noise(batch.seeds)
+    policy = Step(0, 1, "policy", trainer.nets.loras, trains=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            _predict(trainer, Step(0, 1, "base"), noise, batch.cond)
+
+    def gradient() -> None:
+        # The input carries gradient too, as it does in the middle of a chain.
+        x = noise.clone().requires_grad_()
+        _predict(trainer, policy, x, batch.cond).square().mean().backward()
+
+    def decode() -> None:
+        images = trainer.family.decode(noise.clone().requires_grad_())
+        trainer.reward(images, batch.prompts).sum().backward()
+
+    costs = []
+    for action in (forward, gradient, decode):
+        action()
+        kept = _Kept()
+        began = time.monotonic()
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+            action()
+        costs.append((time.monotonic() - began, kept.total))
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return Cost(costs[0][0], costs[1][0], costs[2][0], costs[1][1], costs[2][1])
+
+
+def _predict(trainer: Trainer, step: Step, x: Tensor, cond: Conditioning) -> Tensor:
+    return trainer.nets.predict(step, x, float(trainer.schedule.timesteps[0]), cond)
+
+
+class _Kept:
+    """Adds up the distinct storages that a graph keeps, parameters left out."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def show_plan(config: Config, png: Path | None = None) -> None:
+    """Draw every stage's chain with its calls and the estimate of memory and time."""
+    from rich.console import Console
+
+    from shortft.drawing.plan_picture import plan_png
+    from shortft.drawing.plan_text import plan_text
+    from shortft.drawing.progress import memory_text
+
+    console = Console()
+    with console.status(f"loading {config.model}, timing one call"):
+        trainer = Trainer(config.model_copy(update={"tensorboard": False}))
+        cost = measure_cost(trainer)
+    times = trainer.schedule.timesteps.tolist()
+    parts = segments(trainer.schedule, config.segments)
+    splits = config.accumulation
+    stages, notes = [], []
+    for number, plan in enumerate(trainer.plans, start=1):
+        seconds = cost.seconds(plan, recompute=config.recompute) * splits
+        held = cost.activation_bytes(plan, recompute=config.recompute)
+        note = f"≈ {seconds:.2g} s per update, {memory_text(held)} of activations"
+        name = f"stage {number}"
+        console.print(
+            plan_text(plan, times, parts, f"{name}: {note}", legend=number == len(trainer.plans))
+        )
+        stages.append((name, plan))
+        notes.append(note)
+    console.print(
+        f"Estimates for batch {config.batch_size} in {splits} part(s), {config.precision}, from "
+        "one timed call of each kind on this machine; weights and optimizer come on top.",
+        style="dim",
+    )
+    if png is not None:
+        plan_png(png, stages, times, parts, notes, f"{config.method} on {config.model}")
+        console.print(str(png), markup=False)

@@ -1,0 +1,252 @@
+"""How faithful is a shortcut? Its jumps and its chain against the base's own chain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shortft.chain import run_chain
+from shortft.errors import UserError
+from shortft.families.base import Conditioning, Family, Guidance
+from shortft.plans import Plan, Step, base_plan
+from shortft.schedule import Schedule, jump, segments
+
+
+@dataclass(frozen=True)
+class Jumper:
+    """A network that jumps over segments: the shortcut, or the base itself."""
+
+    name: str
+    module: nn.Module
+    guidance: Guidance
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per jump."""
+        return 1 if self.guidance.scale == 1 else 2
+
+
+@dataclass(frozen=True)
+class Jumping:
+    """The base chain with some jumps made by a jumper; carries no reward LoRA."""
+
+    family: Family
+    guidance: Guidance
+    jumper: Jumper
+
+    def predict(self, step: Step, latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+        if step.net == "shortcut":
+            net, g = self.jumper.module, self.jumper.guidance
+        else:
+            net, g = self.family.denoiser, self.guidance
+        return self.family.predict(net, latents, timestep, cond, g)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a jumper comes to the base's guided chain.
+
+    Attributes:
+        name: of the jumper.
+        evaluations: network evaluations per jump.
+        jump_error: per segment, ‖jump - end‖ / ‖end - start‖ from true starts, mean over samples.
+        chain_psnr: dB of the images of ShortFT's stage-1 chain (segment 1 by the base), against
+            the images of the true chain; mean over samples.
+        all_jumps_psnr: dB with segment 1 jumped over too.
+    """
+
+    name: str
+    evaluations: int
+    jump_error: tuple[float, ...]
+    chain_psnr: float
+    all_jumps_psnr: float
+
+
+def jump_plan(schedule: Schedule, k: int, *, first: bool) -> Plan:
+    """ShortFT's stage-1 chain without LoRAs; with `first`, segment 1 is jumped over as well."""
+    steps = []
+    for number, part in enumerate(segments(schedule, k), start=1):
+        *walk, last = part
+        if number == 1 and not first:
+            steps += [Step(i, i + 1, "base") for i in walk]
+        elif walk:
+            steps.append(Step(walk[0], last, "shortcut"))
+        steps.append(Step(last, last + 1, "base"))
+    return Plan(tuple(steps))
+
+
+def without_loras(plan: Plan) -> Plan:
+    """The same chain with the base in the policy's place."""
+    return Plan(
+        tuple(
+            Step(s.start, s.stop, "base" if s.net == "policy" else s.net, pin=s.pin)
+            for s in plan.steps
+        )
+    )
+
+
+def psnr(images_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
+    """(B,) peak signal-to-noise ratio in dB of images in [0, 1]."""
+    error = (images_BCHW - reference_BCHW).square().flatten(1).mean(1)
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+@torch.no_grad()
+def measure(
+    family: Family,
+    jumpers: Sequence[Jumper],
+    schedule: Schedule,
+    k: int,
+    cond: Conditioning,
+    noise: Tensor,
+    guidance: Guidance,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[], None] | None = None,
+) -> list[Fidelity]:
+    """Measure jumpers on the base's own trajectories from the given noise (B, C, h, w)."""
+    parts = segments(schedule, k)
+    errors: list[list[Tensor]] = [[] for _ in jumpers]
+    chains: list[list[Tensor]] = [[] for _ in jumpers]
+    jumps: list[list[Tensor]] = [[] for _ in jumpers]
+    for rows in torch.arange(len(noise)).split(batch_size):
+        states: dict[int, Tensor] = {}
+        here = cond[rows]
+        walk = Jumping(family, guidance, jumpers[0])
+        run_chain(
+            base_plan(schedule), walk, noise[rows], here, schedule, observe=states.__setitem__
+        )
+        reference = family.decode(states[schedule.num_steps])
+        for index, jumper in enumerate(jumpers):
+            nets = Jumping(family, guidance, jumper)
+            errors[index].append(
+                torch.stack(
+                    [_jump_error(nets, schedule, part, states, here) for part in parts], dim=1
+                )
+            )
+            for first, collected in ((False, chains), (True, jumps)):
+                end = run_chain(
+                    jump_plan(schedule, k, first=first), nets, noise[rows], here, schedule
+                )
+                collected[index].append(psnr(family.decode(end), reference))
+        if progress:
+            progress()
+    return [
+        Fidelity(
+            jumper.name,
+            jumper.evaluations,
+            tuple(torch.cat(errors[i]).mean(0).tolist()),
+            float(torch.cat(chains[i]).mean()),
+            float(torch.cat(jumps[i]).mean()),
+        )
+        for i, jumper in enumerate(jumpers)
+    ]
+
+
+def _jump_error(
+    nets: Jumping,
+    schedule: Schedule,
+    part: tuple[int, ...],
+    states: dict[int, Tensor],
+    cond: Conditioning,
+) -> Tensor:
+    """(B,) relative error of one jump over a segment, from its true start."""
+    first, last = part[0], part[-1]
+    if first == last:
+        return torch.zeros(len(states[first]))
+    step = Step(first, last, "shortcut")
+    prediction = nets.predict(step, states[first], float(schedule.timesteps[first]), cond)
+    landed = jump(schedule, states[first], prediction, first, last)
+    missed = (landed - states[last]).flatten(1).norm(dim=1)
+    return (missed / (states[last] - states[first]).flatten(1).norm(dim=1)).cpu()
+
+
+def better_than_ddim(fidelities: Sequence[Fidelity]) -> bool:
+    """Whether the first jumper beats the second (a plain jump) on every segment and the chain."""
+    shortcut, plain = fidelities[0], fidelities[1]
+    jumps = all(a <= b for a, b in zip(shortcut.jump_error, plain.jump_error, strict=True))
+    return jumps and shortcut.chain_psnr > plain.chain_psnr
+
+
+def check_command(
+    model: str,
+    shortcut: str,
+    num_prompts: int,
+    seed: int,
+    num_steps: int,
+    segments: int,
+    guidance_scale: float | None,
+    output: Path | None = None,
+    prompts_path: Path | None = None,
+) -> int:
+    """Print the table of `shortft check`; 1 if the shortcut is no better than a plain jump."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from shortft.assets import prompts_for, shortcut_for
+    from shortft.families import load_family
+    from shortft.inputs import read_prompts
+    from shortft.networks import SHORTCUT, view
+    from shortft.seeds import sample_seed
+
+    path = shortcut_for(model, shortcut)
+    if path is None:
+        raise UserError("--shortcut none: there is nothing to check; give `auto` or a LoRA file")
+    prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
+    prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
+    family = load_family(model)
+    scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
+    schedule = family.schedule(num_steps)
+    module = view(family.denoiser)
+    family.load_lora(module, path, SHORTCUT)
+    jumpers = [
+        Jumper("shortcut", module, Guidance()),
+        Jumper("plain DDIM jump", family.denoiser, Guidance()),
+        Jumper("guided DDIM jump", family.denoiser, Guidance(scale)),
+    ]
+    console = Console()
+    with console.status(f"{num_steps}-step chains of {num_prompts} prompts"):
+        found = measure(
+            family,
+            jumpers,
+            schedule,
+            segments,
+            family.encode(prompts),
+            family.noise([sample_seed(seed, 0, i) for i in range(num_prompts)]),
+            Guidance(scale),
+        )
+    table = Table(title=f"{path.name} on {model}: {num_prompts} held-out prompts, seed {seed}")
+    table.add_column("jump")
+    table.add_column("evaluations", justify="right")
+    for number in range(1, segments + 1):
+        table.add_column(f"error {number}", justify="right")
+    table.add_column("chain dB", justify="right")
+    table.add_column("all jumps dB", justify="right")
+    for f in found:
+        cells = [f"{error:.3f}" for error in f.jump_error]
+        table.add_row(
+            f.name, str(f.evaluations), *cells, f"{f.chain_psnr:.1f}", f"{f.all_jumps_psnr:.1f}"
+        )
+    console.print(table)
+    console.print(
+        "error i: ‖jump - end‖ / ‖end - start‖ over segment i; chain: images of ShortFT's stage-1 "
+        "chain against the base's; all jumps: segment 1 jumped over too.",
+        style="dim",
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n", encoding="utf-8")
+    if better_than_ddim(found):
+        console.print("The shortcut is better than a plain DDIM jump on every segment.")
+        return 0
+    console.print(
+        "[bold]The shortcut is no better than a plain DDIM jump[/bold]: it does not preserve this "
+        "model's trajectory. Use another few-step LoRA, train one by `shortft shortcut`, or pass "
+        "`--shortcut none`."
+    )
+    return 1
