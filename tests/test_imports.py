@@ -24,7 +24,7 @@ ALLOWED = {
     "plans": {"schedule"},
     "chain": {"plans", "schedule"},
     "metrics": set(),
-    "rewards": {"errors", "inputs"},
+    "rewards": {"assets", "errors", "inputs"},
     "families": {"assets", "errors", "quiet", "schedule"},
     "networks": {"families", "plans"},
     "adapter": {"errors", "networks", "plans", "quiet", "schedule"},

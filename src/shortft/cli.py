@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ AdapterFile = Annotated[Path, typer.Option(exists=True, help="Directory of the t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (check failed), 2 (mistake), 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # transformers tells every user without torchvision, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:

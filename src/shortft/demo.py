@@ -22,7 +22,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     """
     from rich.console import Console
 
-    from shortft.drawing.curves import draw_curves
+    from shortft.drawing.curves import draw_curves, read_metrics
     from shortft.drawing.progress import summary_table
     from shortft.evaluate import draw_before_after, evaluate
     from shortft.families import load_family
@@ -43,7 +43,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     console.print(f"Aligning the embedded model with reward {config.reward!r} by {config.method}")
     adapter = train(config)
 
-    log = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    log = read_metrics(output_dir / "metrics.jsonl").updates
     family = load_family(EMBEDDED, precision=config.precision)
     scored_by = make_reward(config.reward, config.reward_model)
     prompts = prompts_for(EMBEDDED, "held_out")[:NUM_PROMPTS]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortft.assets import EMBEDDED, asset, prompts_for
+from shortft.assets import prompts_for
 from shortft.errors import UserError
 from shortft.families import load_family
 from shortft.families.base import Family
@@ -19,7 +19,7 @@ from shortft.inputs import read_prompts
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
-from shortft.rewards import make_reward
+from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.clip import ClipReward
 from shortft.rewards.combine import WeightedSum
 from shortft.sampling import generate, load_tuned
@@ -43,13 +43,6 @@ class Pictures:
     after: Tensor
     scores_before: Tensor
     scores_after: Tensor
-
-
-def held_out_scorer(model: str) -> ClipReward | None:
-    """The scorer that only ever measures; ships for the embedded model."""
-    if model != EMBEDDED:
-        return None
-    return ClipReward.load(asset("scorers", "held_out"))
 
 
 def evaluate(

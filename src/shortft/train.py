@@ -28,7 +28,7 @@ from shortft.inputs import read_prompts
 from shortft.memory import peak_memory_bytes
 from shortft.networks import ModelNetworks
 from shortft.plans import METHODS, Plan, inference_plan
-from shortft.rewards import anchor_warning, make_reward
+from shortft.rewards import anchor_warning, held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.sampling import generate
 from shortft.schedule import Schedule, segments
@@ -87,6 +87,7 @@ class Trainer:
             merge_shortcut=config.merge_shortcut,
         )
         self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
+        self.held_out = held_out_scorer(config.model, device)
         self.cond: Conditioning = self.family.encode(self.prompts)
         self.optimizer = torch.optim.AdamW(
             [
@@ -301,7 +302,7 @@ def run_updates(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> N
         return bool(interval) and trainer.counters.update % interval == 0
 
     if main and config.sample_every and trainer.counters.update == 0:
-        draw_pictures(trainer)
+        look(trainer, log)
     while trainer.spent() < 1:
         before = trainer.counters.seconds
         stage, outcome = trainer.update()
@@ -323,22 +324,32 @@ def run_updates(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> N
         if outcome.skipped:
             progress.log(f"update {update}: gradient not finite, nothing changed")
         if main and every(config.sample_every):
-            draw_pictures(trainer)
+            look(trainer, log)
         if main and every(config.checkpoint_every) and trainer.spent() < 1:
             trainer.save_checkpoint(log.position())
     if main and config.sample_every and not every(config.sample_every):
-        draw_pictures(trainer)
+        look(trainer, log)
 
 
-def draw_pictures(trainer: Trainer) -> None:
-    """Write the sample grid of this moment, and show it to TensorBoard."""
+@torch.no_grad()
+def look(trainer: Trainer, log: MetricsLog) -> None:
+    """Draw the fixed pictures by the true chain, score them, keep both."""
     from shortft.drawing.grids import save_grid
 
     update = trainer.counters.update
     prompts, images = trainer.pictures()
     path = trainer.config.output_dir / "samples" / f"update-{update:06d}.png"
     save_grid(path, [images], [f"update {update}"], prompts)
+    on_device = images.to(trainer.family.device)
+    row: dict[str, Any] = {
+        "update": update,
+        "eval_reward": float(trainer.reward(on_device, prompts).mean()),
+    }
+    if trainer.held_out is not None:
+        row["eval_held_out"] = float(trainer.held_out(on_device, prompts).mean())
+    log.write(row)
     if trainer.config.tensorboard:
+        trainer.accelerator.log({k: v for k, v in row.items() if k != "update"}, step=update)
         writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_images("samples", images, update)
 

@@ -11,6 +11,7 @@ from shortft.rewards.base import Reward
 if TYPE_CHECKING:
     import torch
 
+    from shortft.rewards.clip import ClipReward
     from shortft.rewards.combine import WeightedSum
 
 RewardFactory = Callable[["str | Path | None", "torch.device | str"], Reward]
@@ -67,3 +68,11 @@ def make_reward(
 
     parts = parse_reward_spec(spec)
     return WeightedSum([(REWARDS[name](scorer, device), weight) for name, weight in parts])
+
+
+def held_out_scorer(model: str, device: torch.device | str = "cpu") -> ClipReward | None:
+    """The scorer that only ever measures; one ships for the embedded model, None for others."""
+    from shortft.assets import EMBEDDED, asset
+    from shortft.rewards.clip import ClipReward
+
+    return ClipReward.load(asset("scorers", "held_out"), device) if model == EMBEDDED else None

@@ -1,0 +1,205 @@
+"""Making and checking shortcuts, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shortft.distill import Bank, Distiller, distill_command
+from shortft.errors import UserError
+from shortft.families.base import Guidance
+from shortft.networks import SHORTCUT, view
+from shortft.schedule import segments
+from shortft.shortcut_check import Jumper, better_than_ddim, check_command, jump_plan, measure
+from tiny import save_tiny, tiny_family, tiny_pipeline
+
+STEPS, K, SCALE = 12, 4, 8.0
+PROMPTS = ["red apple", "panda face", "rocket", "guitar"]
+
+
+@pytest.fixture
+def distiller() -> Distiller:
+    family = tiny_family()
+    return Distiller(
+        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=8
+    )
+
+
+def test_pieces_are_what_diffusers_walks(distiller: Distiller):
+    bank = Bank()
+    ends = distiller.true_pieces(bank, 3)
+    pipe = tiny_pipeline()
+    # The bank holds the first segment's start: the noise itself.
+    noise = bank.begin[bank.start == 0]
+    rows = bank.prompt[bank.start == 0]
+    states: dict[int, torch.Tensor] = {0: noise}
+
+    def keep(_pipe, step: int, _timestep, values: dict) -> dict:
+        states[step + 1] = values["latents"]
+        return {}
+
+    latents = pipe(
+        [PROMPTS[int(row)] for row in rows],
+        latents=noise,
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        output_type="latent",
+        callback_on_step_end=keep,
+    ).images
+    torch.testing.assert_close(ends, latents, atol=1e-4, rtol=1e-4)
+    for part in segments(distiller.schedule, K):
+        inside = bank.start == part[0]
+        assert set(bank.stop[inside].tolist()) == {part[-1]}
+        torch.testing.assert_close(bank.begin[inside], states[part[0]], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(bank.end[inside], states[part[-1]], atol=1e-4, rtol=1e-4)
+
+
+def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distiller):
+    bank = Bank()
+    distiller.visited_pieces(bank, 2)
+    parts = segments(distiller.schedule, K)
+    assert set(bank.start.tolist()) == {part[0] for part in parts[2:]}
+    for part in parts[2:]:
+        rows = bank.start == part[0]
+        walked = distiller.walk(
+            bank.begin[rows], distiller.cond[bank.prompt[rows]], part[0], part[-1]
+        )
+        torch.testing.assert_close(bank.end[rows], walked)
+
+
+@pytest.mark.parametrize("kind", ["regression", "consistency"])
+def test_both_ways_bring_the_jumps_closer(distiller: Distiller, kind: str):
+    bank, prompts = Bank(), torch.arange(4)
+    images = distiller.true_pieces(bank, 16)
+    prompts = bank.prompt[:16]
+    family, schedule = distiller.family, distiller.schedule
+    cond, noise = family.encode(PROMPTS), family.noise([11, 12, 13, 14])
+
+    def error() -> float:
+        jumper = Jumper("shortcut", distiller.student, Guidance())
+        (f,) = measure(family, [jumper], schedule, K, cond, noise, Guidance(SCALE))
+        return sum(f.jump_error) / K
+
+    before = error()
+    optimizer = torch.optim.Adam(distiller.parameters.values(), lr=2e-3)
+    for _ in range(100):
+        if kind == "regression":
+            loss = distiller.regression_loss(bank, 16)
+        else:
+            loss = distiller.consistency_loss(images, prompts, 16)
+        distiller.update(loss, optimizer)
+    assert error() < 0.93 * before
+
+
+def test_the_base_is_never_trained(distiller: Distiller):
+    base = list(distiller.family.denoiser.parameters())
+    before = [p.clone() for p in base]
+    bank = Bank()
+    distiller.true_pieces(bank, 4)
+    optimizer = torch.optim.Adam(distiller.parameters.values(), lr=1e-2)
+    distiller.update(distiller.regression_loss(bank, 4), optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, base, strict=True))
+    assert not any(p.requires_grad for p in base)
+
+
+def test_the_saved_file_is_the_averaged_lora_in_diffusers_layout(
+    distiller: Distiller, tmp_path: Path
+):
+    for average in distiller.average.values():
+        average.add_(0.01)
+    path = tmp_path / "shortcut.safetensors"
+    distiller.save(path)
+    loaded = view(distiller.family.denoiser)
+    distiller.family.load_lora(loaded, path, SHORTCUT)
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    x, cond = distiller.family.noise([1]), distiller.cond[[0]]
+    with torch.no_grad():
+        expected = distiller.averaged()(x, 501, cond.positive, return_dict=False)[0]
+        ours = loaded(x, 501, cond.positive, return_dict=False)[0]
+        theirs = pipe.unet(x, 501, cond.positive, return_dict=False)[0]
+        base = distiller.family.denoiser(x, 501, cond.positive, return_dict=False)[0]
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)  # stored in fp16
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
+    assert (ours - base).abs().max() > 1e-2
+
+
+def test_a_perfect_jumper_measures_as_perfect():
+    """A network that knows the trajectory has error 0 and the chain's own images."""
+    family = tiny_family()
+    schedule = family.schedule(4)  # one timestep a segment: nothing is jumped over
+    cond, noise = family.encode(PROMPTS[:2]), family.noise([1, 2])
+    jumper = Jumper("none", family.denoiser, Guidance())
+    (f,) = measure(family, [jumper], schedule, K, cond, noise, Guidance(SCALE))
+    assert f.jump_error == (0.0,) * K
+    assert f.chain_psnr == pytest.approx(100)
+
+
+def test_jump_plan_has_one_jump_per_segment():
+    schedule = tiny_family().schedule(STEPS)
+    assert [s.net for s in jump_plan(schedule, K, first=True).steps] == ["shortcut", "base"] * K
+    assert sum(s.net == "shortcut" for s in jump_plan(schedule, K, first=False).steps) == K - 1
+
+
+def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
+    model = str(save_tiny(tmp_path / "model"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    output = tmp_path / "shortcut.safetensors"
+
+    def make(**change: object) -> None:
+        settings = {
+            "model": model,
+            "output": output,
+            "kind": "regression",
+            "minutes": 0.05,
+            "rank": 4,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "num_steps": STEPS,
+            "segments": K,
+            "guidance_scale": SCALE,
+            "trajectories": 64,
+            "seed": 0,
+            "resume": False,
+            "precision": "fp32",
+            "prompts_path": prompts,
+        }
+        distill_command(**{**settings, **change})  # type: ignore[arg-type]
+
+    make()
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert card["updates"] > 0
+    with pytest.raises(UserError, match="--resume"):
+        make()
+    make(resume=True)
+    with pytest.raises(UserError, match="--rank"):
+        make(resume=True, rank=2)
+    figures = tmp_path / "figures.json"
+    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, figures, prompts)
+    assert code in (0, 1)
+    assert ("no better" in capsys.readouterr().out) == (code == 1)
+    assert [f["name"] for f in json.loads(figures.read_text())] == [
+        "shortcut",
+        "plain DDIM jump",
+        "guided DDIM jump",
+    ]
+
+
+def test_a_lora_that_leaves_the_trajectory_is_found_out():
+    family = tiny_family()
+    distiller = Distiller(
+        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=4
+    )
+    for average in distiller.average.values():
+        average.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    jumpers = [
+        Jumper("bad", distiller.averaged(), Guidance()),
+        Jumper("plain DDIM jump", family.denoiser, Guidance()),
+    ]
+    cond, noise = family.encode(PROMPTS), family.noise([1, 2, 3, 4])
+    found = measure(family, jumpers, distiller.schedule, K, cond, noise, Guidance(SCALE))
+    assert not better_than_ddim(found)
