@@ -120,9 +120,9 @@ def show_plan(config: Config, png: Path | None = None) -> None:
         held = cost.activation_bytes(plan, recompute=config.recompute)
         note = f"≈ {seconds:.2g} s per update, {memory_text(held)} of activations"
         name = f"stage {number}"
-        console.print(
-            plan_text(plan, times, parts, f"{name}: {note}", legend=number == len(trainer.plans))
-        )
+        last = number == len(trainer.plans)
+        console.print(plan_text(plan, times, parts, name, legend=last))
+        console.print(f"{note}\n", style="dim", highlight=False)
         stages.append((name, plan))
         notes.append(note)
     console.print(
