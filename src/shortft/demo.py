@@ -45,7 +45,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
 
     log = read_metrics(output_dir / "metrics.jsonl").updates
     family = load_family(EMBEDDED, precision=config.precision)
-    scored_by = make_reward(config.reward, config.reward_model)
+    scored_by = make_reward(config.reward, config.reward_model, family.device)
     prompts = prompts_for(EMBEDDED, "held_out")[:NUM_PROMPTS]
     with console.status("") as status:
         figures, pictures = evaluate(

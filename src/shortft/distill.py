@@ -332,8 +332,9 @@ def distill(
 ) -> None:
     """Train for a wall-clock budget, sampling trajectories included.
 
-    A quarter of the trajectories is made before the first update, the rest on the way; from
-    half-time on, regression adds as many states of the shortened chain.
+    A quarter of the trajectories is made before the first update, the rest evenly over three
+    quarters of the time. After 30 % of it, regression adds states of the shortened chain for as
+    many prompts as it adds true trajectories.
     """
     began = time.monotonic()
     budget = minutes * 60

@@ -79,6 +79,7 @@ def evaluate(
     progress("tuned")
     after = generate(family, nets, plan, schedule, cond, noises)
     progress("scores")
+    before, after = before.to(family.device), after.to(family.device)
     scored = [_scores(reward, images, repeated) for images in (before, after)]
     figures: dict[str, Any] = {
         "model": family.source,
@@ -89,7 +90,7 @@ def evaluate(
         "strength": strength,
         "reward": _compared(reward.name, scored[0], scored[1], seeds),
     }
-    scorer = held_out_scorer(family.source)
+    scorer = held_out_scorer(family.source, family.device)
     if scorer is not None:
         held_out = [_scores(scorer, images, repeated) for images in (before, after)]
         figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
@@ -105,7 +106,7 @@ def evaluate(
         for part, _ in reward.parts
     }
     figures["warnings"] = collapse_warnings(before, after)
-    return figures, Pictures(repeated, before, after, scored[0], scored[1])
+    return figures, Pictures(repeated, before.cpu(), after.cpu(), scored[0], scored[1])
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def evaluate_command(
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     console = Console()
     family = load_family(model, precision=precision)
-    scored_by = make_reward(reward, reward_model)
+    scored_by = make_reward(reward, reward_model, family.device)
     with console.status("") as status:
         figures, pictures = evaluate(
             family,

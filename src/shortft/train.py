@@ -352,8 +352,6 @@ def look(trainer: Trainer, log: MetricsLog) -> None:
         trainer.accelerator.log({k: v for k, v in row.items() if k != "update"}, step=update)
         writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_images("samples", images, update)
-        writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
-        writer.add_images("samples", images, update)
 
 
 class MetricsLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from shortft.assets import EMBEDDED, model_path
+from shortft.assets import model_path
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Guidance, classifier_free
 from shortft.quiet import quiet
 from shortft.schedule import Schedule, schedule_from_config
+
+DEFAULT_GUIDANCE_SCALE = 7.5  # as in StableDiffusionPipeline
+DEFAULTS_FILE = "shortft.json"  # a model directory may name its own: {"guidance_scale": 3.0}
 
 
 class StableDiffusion:
@@ -56,7 +60,7 @@ class StableDiffusion:
         self.source = source
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.default_guidance_scale = 3.0 if source == EMBEDDED else 7.5
+        self.default_guidance_scale = DEFAULT_GUIDANCE_SCALE
         self.denoiser: nn.Module = pipeline.unet
         size = pipeline.unet.config.sample_size
         self._latent_shape = (1, pipeline.unet.config.in_channels, size, size)
@@ -97,7 +101,13 @@ class StableDiffusion:
                 f"--model {model}: cannot be loaded as a Stable Diffusion pipeline ({reason}); "
                 "give `emoji`, a directory saved by save_pretrained, or a hub id"
             ) from error
-        return cls(pipeline, model, precision=precision, device=device)
+        family = cls(pipeline, model, precision=precision, device=device)
+        defaults = Path(path) / DEFAULTS_FILE
+        if defaults.is_file():
+            family.default_guidance_scale = float(
+                json.loads(defaults.read_text())["guidance_scale"]
+            )
+        return family
 
     def pipeline(self) -> StableDiffusionPipeline:
         """An ordinary diffusers pipeline on this model's modules, with a DDIM scheduler."""
