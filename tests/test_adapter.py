@@ -163,3 +163,63 @@ def test_damaged_adapters_are_one_clear_error(tmp_path: Path):
     (tmp_path / "lora_3.safetensors").unlink()
     with pytest.raises(UserError, match=r"lora_3"):
         read_info(tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_other_schedulers_are_routed_by_their_own_timesteps(tmp_path: Path, scheduler: str):
+    import diffusers
+
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    base = theirs(pipe, 12)
+    router = load_adapter(pipe, tmp_path)
+    active: list[int] = []
+    pipe.unet.register_forward_hook(lambda *_: active.append(router._active or 0))
+    assert (theirs(pipe, 12) - base).abs().max() > 1e-3
+    times = [round(float(t)) for t in pipe.scheduler.timesteps]
+    ends = [max(i for i, t in enumerate(times) if 250 * (3 - s) <= t) for s in range(4)]
+    assert [active[i] for i in ends] == [1, 2, 3, 4]
+    assert sum(n > 0 for n in active) == sum(t >= 750 for t in times) + 3
+
+
+def test_a_new_spacing_is_noticed(tmp_path: Path):
+    from diffusers import DDIMScheduler
+
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    base_config = pipe.scheduler.config
+    load_adapter(pipe, tmp_path)
+    leading = theirs(pipe, 10)
+    pipe.scheduler = DDIMScheduler.from_config(base_config, timestep_spacing="trailing")
+    assert (theirs(pipe, 10) - leading).abs().max() > 1e-3
+
+
+def test_a_second_adapter_is_refused_and_a_failed_one_leaves_nothing(tmp_path: Path):
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    base = theirs(pipe, 10)
+    router = load_adapter(pipe, tmp_path)
+    with pytest.raises(UserError, match="remove"):
+        load_adapter(pipe, tmp_path)
+    router.remove()
+    (tmp_path / "lora_2.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="lora_2"):
+        load_adapter(pipe, tmp_path)
+    torch.testing.assert_close(theirs(pipe, 10), base, atol=0, rtol=0)
+
+
+def test_the_users_own_lora_stays_active(tmp_path: Path):
+    make_adapter(tmp_path / "adapter")
+    nets = make_adapter(tmp_path / "style")
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(
+        tmp_path / "style", weight_name="lora_4.safetensors", adapter_name="style"
+    )
+    styled = theirs(pipe, 10)
+    router = load_adapter(pipe, tmp_path / "adapter")
+    router.set_strength(0.0)
+    torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
+    router.remove()
+    torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
+    assert nets.loras == 4

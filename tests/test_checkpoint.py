@@ -59,3 +59,20 @@ def test_none_is_an_error_not_a_new_run(tmp_path: Path):
     broken.write_text(json.dumps({"state.json": "0" * 64}))
     with pytest.raises(UserError, match="checksum"):
         load_latest(tmp_path)
+
+
+def test_a_new_checkpoint_replaces_damaged_later_ones(tmp_path: Path):
+    """Going back to update 1 past a damaged 4, the next save must not be rotated away."""
+    save(tmp_path, 1)
+    (save(tmp_path, 4) / "state.json").write_text("{}")
+    save(tmp_path, 2, keep=1)
+    saved, notes = load_latest(tmp_path)
+    assert saved.state["update"] == 2
+    assert notes == []
+
+
+def test_saving_twice_and_leftovers_of_a_crash(tmp_path: Path):
+    (tmp_path / ".update-000009.4242").mkdir()
+    save(tmp_path, 1)
+    save(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["update-000001"]

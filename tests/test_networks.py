@@ -55,7 +55,7 @@ def is_weight(name: str) -> bool:
 def test_stacked_layers_equal_peft(nets: ModelNetworks, count: int):
     reference = view(nets._loras)
     names = [lora_name(n) for n in range(1, count + 1)]
-    activate(reference, names)
+    activate(reference, dict.fromkeys(names, 1.0))
     with torch.no_grad():
         expected = call(nets, reference)
         torch.testing.assert_close(call(nets, nets._policies[count]), expected)
@@ -65,7 +65,7 @@ def test_stacked_layers_equal_peft(nets: ModelNetworks, count: int):
 
 def test_strength_scales_the_loras(nets: ModelNetworks):
     reference = view(nets._loras)
-    activate(reference, [lora_name(1), lora_name(2)], 0.3)
+    activate(reference, {lora_name(1): 0.3, lora_name(2): 0.3})
     try:
         with torch.no_grad():
             nets.set_strength(0.3)

@@ -65,7 +65,10 @@ def test_any_number_of_segments_and_steps(schedule, k):
 
 
 def test_one_shared_lora_acts_at_the_same_places():
-    own, shared = adapters_at(SD15, 4), adapters_at(SD15, 4, timestep_lora=False)
+    own, shared = (
+        adapters_at(segments(SD15, 4)),
+        adapters_at(segments(SD15, 4), timestep_lora=False),
+    )
     assert [bool(n) for n in own] == [bool(n) for n in shared]
     assert set(shared) == {0, 1}
     assert shortft_plan(SD15, 4, 2, timestep_lora=False).trainable == (1,)

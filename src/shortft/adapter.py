@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from shortft.errors import UserError
-from shortft.networks import activate, lora_layers, lora_name
+from shortft.networks import activate, lora_name
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
-from shortft.schedule import schedule_from_config
+from shortft.schedule import cut
 
 if TYPE_CHECKING:
     from shortft.networks import ModelNetworks
@@ -102,40 +103,47 @@ class TimestepRouter:
     """Switches LoRAs by timestep inside a diffusers pipeline, until `remove` is called.
 
     At every call of the denoiser it looks up how many LoRAs act at that timestep of the
-    pipeline's own schedule, so that any number of inference steps works.
+    pipeline's own schedule, so that any number of inference steps works. Other adapters that are
+    active in the pipeline stay so.
     """
 
-    def __init__(self, pipe: Any, info: AdapterInfo, strength: float) -> None:
+    def __init__(self, pipe: Any, info: AdapterInfo, strength: float, others: list[str]) -> None:
         self.info = info
         self.strength = strength
         self._pipe = pipe
         self._names = [lora_name(n) for n in range(1, info.loras + 1)]
+        self._others = others
         self._active: int | None = None
-        self._routes: dict[int, dict[int, int]] = {}
+        self._routes: dict[tuple[int, ...], dict[int, int]] = {}
         self._hook = pipe.unet.register_forward_pre_hook(self._route, with_kwargs=True)
         self._activate(0)
 
     def _route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         value = timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
-        self._activate(self._counts().get(round(value), 0))
+        counts = self._counts()
+        if round(value) not in counts:
+            raise RuntimeError(
+                f"the denoiser was called at timestep {value}, which is not in the pipeline's "
+                f"schedule {list(counts)}: the LoRAs cannot be routed"
+            )
+        self._activate(counts[round(value)])
 
     def _counts(self) -> dict[int, int]:
-        steps = self._pipe.scheduler.num_inference_steps
-        if steps not in self._routes:
-            config = dict(self._pipe.scheduler.config)
-            schedule = schedule_from_config(config, steps)
-            counts = adapters_at(
-                schedule, self.info.segments, timestep_lora=self.info.timestep_lora
-            )
-            self._routes[steps] = {
-                round(t): n for t, n in zip(schedule.timesteps.tolist(), counts, strict=True)
-            }
-        return self._routes[steps]
+        """LoRAs per timestep, from the timesteps that the pipeline's scheduler visits now."""
+        scheduler, info = self._pipe.scheduler, self.info
+        # PNDM visits a timestep twice.
+        times = tuple(dict.fromkeys(round(float(t)) for t in scheduler.timesteps))
+        if times not in self._routes:
+            parts = cut(times, info.segments, scheduler.config.num_train_timesteps)
+            counts = adapters_at(parts, timestep_lora=info.timestep_lora)
+            self._routes[times] = dict(zip(times, counts, strict=True))
+        return self._routes[times]
 
     def _activate(self, count: int) -> None:
         if count != self._active:
-            activate(self._pipe.unet, self._names[:count], self.strength)
+            own = dict.fromkeys(self._names[:count], self.strength)
+            activate(self._pipe.unet, own, keep=self._others)
             self._pipe.unet.requires_grad_(False)
             self._active = count
 
@@ -145,9 +153,8 @@ class TimestepRouter:
 
     def remove(self) -> None:
         """Take the LoRAs and the routing out of the pipeline again."""
+        self._activate(0)
         self._hook.remove()
-        for layer in lora_layers(self._pipe.unet):
-            layer.enable_adapters(True)
         self._pipe.delete_adapters(self._names)
 
 
@@ -155,7 +162,9 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     """Load an adapter into a diffusers pipeline and route it by timestep.
 
     Args:
-        pipe: a StableDiffusionPipeline with a DDIM scheduler.
+        pipe: a StableDiffusionPipeline. With a DDIM scheduler its pictures are those of
+            `shortft sample`; another scheduler takes other steps, and the LoRAs act at the ends
+            of the same segments of them.
         path: the adapter directory written by ``shortft train``.
         strength: scale of the LoRAs; 1 as trained.
 
@@ -163,33 +172,48 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
         The router; its `set_strength` and `remove` act on the pipeline.
 
     Raises:
-        UserError: if the adapter is damaged or was made for another architecture.
+        UserError: if the adapter is damaged, was made for another architecture, or one is loaded
+            already.
     """
     directory = Path(path)
     info = read_info(directory)
-    for number in range(1, info.loras + 1):
-        name = lora_name(number)
+    names = [lora_name(n) for n in range(1, info.loras + 1)]
+    if set(names) & set(getattr(pipe.unet, "peft_config", {})):
+        raise UserError(f"{directory}: the pipeline holds an adapter already; remove() it first")
+    others = list(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", {}) else []
+    for number, name in enumerate(names, start=1):
         try:
             with quiet(), torch.random.fork_rng(devices=[]):
                 pipe.load_lora_weights(
                     str(directory), weight_name=lora_file(number), adapter_name=name
                 )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            half_loaded = set(names) & set(getattr(pipe.unet, "peft_config", {}))
+            if half_loaded:
+                pipe.delete_adapters(sorted(half_loaded))
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{directory / lora_file(number)}: does not fit this pipeline ({reason}); the "
                 f"adapter was trained on {info.base_model}"
             ) from error
-    return TimestepRouter(pipe, info, strength)
+    return TimestepRouter(pipe, info, strength, others)
 
 
 def load_into(nets: ModelNetworks, directory: Path) -> None:
-    """Load an adapter's weights into networks with as many LoRAs of the same rank."""
+    """Load an adapter's weights into networks with as many LoRAs of the same rank.
+
+    Raises:
+        UserError: if a file is damaged or was made for another architecture.
+    """
     from safetensors.torch import load_file
 
     for number in range(1, nets.loras + 1):
-        state = load_file(directory / lora_file(number))
-        copy_state(nets, number, {key.removeprefix("unet."): v for key, v in state.items()})
+        path = directory / lora_file(number)
+        try:
+            state = {key.removeprefix("unet."): v for key, v in load_file(path).items()}
+            copy_state(nets, number, state)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: does not fit {nets.family.source} ({error})") from error
 
 
 def copy_state(nets: ModelNetworks, number: int, state: dict[str, torch.Tensor]) -> None:

@@ -47,7 +47,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint and delete all but the newest `keep`."""
+    """Write a checkpoint, then delete all but the newest `keep` and what crashes left behind."""
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"update-{update:06d}"
     scratch = root / f".{final.name}.{os.getpid()}"
@@ -64,12 +64,13 @@ def save_checkpoint(
     for name, data in files.items():
         _write_synced(scratch / name, data)
     _sync_folder(scratch)
-    if final.exists():  # left by an earlier run that was told to start anew from before it
-        shutil.rmtree(final)
+    # Later ones were passed over as damaged when this run went back to before them.
+    later = [path for path in _all(root) if path.name >= final.name]
+    aside = [path.rename(root / f".old-{path.name}") for path in later]
     scratch.rename(final)
     _sync_folder(root)
-    for old in _all(root)[keep:]:
-        shutil.rmtree(old)
+    for old in (*aside, *_all(root)[keep:], *root.glob(".update-*"), *root.glob(".old-*")):
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 

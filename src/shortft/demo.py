@@ -12,6 +12,7 @@ from shortft.errors import UserError
 from shortft.memory import peak_memory_bytes
 
 NUM_PROMPTS, SEEDS = 48, 2
+MARKER = ".shortft-demo"  # tells a demo's folder, which a new demo may clear, from a real run's
 
 
 def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int) -> None:
@@ -32,7 +33,6 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
 
     console = Console()
     began = time.monotonic()
-    clear_earlier_demo(output_dir)
     settings = recipe("emoji")
     settings |= {"output_dir": str(output_dir), "seed": seed}
     if reward is not None:
@@ -40,6 +40,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     if minutes is not None:
         settings["minutes"] = minutes
     config = load_config(None, settings)
+    clear_earlier_demo(output_dir)
     console.print(f"Aligning the embedded model with reward {config.reward!r} by {config.method}")
     adapter = train(config)
 
@@ -78,7 +79,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
 
 
 def clear_earlier_demo(output_dir: Path) -> None:
-    """Remove what an earlier demo wrote, and nothing else.
+    """Mark the folder as a demo's, and remove what an earlier demo wrote, nothing else.
 
     Raises:
         UserError: if the folder holds files but no demo.
@@ -86,8 +87,10 @@ def clear_earlier_demo(output_dir: Path) -> None:
     import shutil
 
     if not output_dir.exists() or not any(output_dir.iterdir()):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / MARKER).touch()
         return
-    if not (output_dir / "config.yaml").exists():
+    if not (output_dir / MARKER).exists():
         raise UserError(f"--output-dir {output_dir}: is not empty and no demo; name another folder")
     for name in ("checkpoints", "samples", "adapter", "tensorboard"):
         shutil.rmtree(output_dir / name, ignore_errors=True)

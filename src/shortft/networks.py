@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -65,22 +65,27 @@ def add_lora(
         if name in layer.lora_A:
             layer.lora_A[name].float()
             layer.lora_B[name].float()
-            nn.init.kaiming_uniform_(layer.lora_A[name].weight, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(layer.lora_B[name].weight)
+            # Drawn on the CPU, so that the start is the same on every device.
+            start = torch.empty(layer.lora_A[name].weight.shape)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                layer.lora_A[name].weight.copy_(start)
+                layer.lora_B[name].weight.zero_()
 
 
-def activate(module: nn.Module, names: Sequence[str], strength: float = 1.0) -> None:
-    """Switch on exactly these adapters, each at the given strength.
+def activate(module: nn.Module, strengths: Mapping[str, float], keep: Sequence[str] = ()) -> None:
+    """Switch on exactly these adapters, each at its strength, and those to keep as they are.
 
     `requires_grad` of LoRA parameters is left for the caller to set: peft changes it here.
     """
     for layer in lora_layers(module):
-        layer.enable_adapters(bool(names))
-        if names:
-            present = [name for name in names if name in layer.lora_A]
+        present = [name for name in (*keep, *strengths) if name in layer.lora_A]
+        layer.enable_adapters(bool(present))
+        if present:
             layer.set_adapter(present)
-            for name in present:
-                layer.set_scale(name, strength)
+        for name in present:
+            if name in strengths:
+                layer.set_scale(name, strengths[name])
 
 
 def lora_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -90,8 +90,8 @@ class Plan:
         return any(step.pin for step in self.steps)
 
 
-def adapters_at(schedule: Schedule, k: int, *, timestep_lora: bool = True) -> tuple[int, ...]:
-    """How many stacked LoRAs are active at each timestep at inference.
+def adapters_at(parts: Sequence[Sequence[int]], *, timestep_lora: bool = True) -> tuple[int, ...]:
+    """How many stacked LoRAs are active at each point of the segments at inference.
 
     ShortFT: at the last timestep of segment i LoRAs 1…i, in the first segment LoRA 1 at every
     timestep, elsewhere none. Without timestep LoRAs (the paper's ablation "w/o T-LoRA") one
@@ -100,8 +100,8 @@ def adapters_at(schedule: Schedule, k: int, *, timestep_lora: bool = True) -> tu
     Returns:
         N counts, one per timestep.
     """
-    counts = [0] * schedule.num_steps
-    for number, part in enumerate(segments(schedule, k), start=1):
+    counts = [0] * sum(map(len, parts))
+    for number, part in enumerate(parts, start=1):
         active = number if timestep_lora else 1
         for index in part if number == 1 else part[-1:]:
             counts[index] = active
@@ -110,7 +110,7 @@ def adapters_at(schedule: Schedule, k: int, *, timestep_lora: bool = True) -> tu
 
 def inference_plan(schedule: Schedule, k: int, *, timestep_lora: bool = True) -> Plan:
     """The true chain with the LoRAs switched on at their timesteps, without gradient."""
-    counts = adapters_at(schedule, k, timestep_lora=timestep_lora)
+    counts = adapters_at(segments(schedule, k), timestep_lora=timestep_lora)
     return Plan(
         tuple(
             Step(i, i + 1, "policy" if count else "base", adapters=count)
@@ -151,10 +151,11 @@ def shortft_plan(
     """
     if not 1 <= stage <= k:
         raise ValueError(f"stage must lie in 1…{k}, got {stage}")
-    counts = adapters_at(schedule, k, timestep_lora=timestep_lora)
+    parts = segments(schedule, k)
+    counts = adapters_at(parts, timestep_lora=timestep_lora)
     jumper: Net = "shortcut" if shortcut else "base"
     steps: list[Step] = []
-    for number, part in enumerate(segments(schedule, k), start=1):
+    for number, part in enumerate(parts, start=1):
         *walk, last = part
         if number <= stage:
             for i in walk:

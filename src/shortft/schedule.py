@@ -9,7 +9,7 @@ flow matching (where alpha = 1 - sigma).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -202,11 +202,12 @@ def jump(schedule: Schedule, latents: Tensor, prediction: Tensor, i: int, j: int
     return float(schedule.alpha[j]) * x0 + float(schedule.sigma[j]) * eps
 
 
-def segments(schedule: Schedule, k: int) -> tuple[tuple[int, ...], ...]:
+def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...], ...]:
     """Cut the chain into k parts of equal training time (ShortFT §3; Hyper-SD §3.1).
 
     Returns:
-        k tuples of point indices: part i holds the timesteps in [T(k-i)/k, T(k-i+1)/k).
+        k tuples of point indices: part i holds the timesteps in [T(k-i)/k, T(k-i+1)/k), with
+        T = total.
 
     Raises:
         ValueError: if a part would hold no timestep.
@@ -214,13 +215,18 @@ def segments(schedule: Schedule, k: int) -> tuple[tuple[int, ...], ...]:
     if k < 1:
         raise ValueError(f"segments must be at least 1, got {k}")
     parts: list[list[int]] = [[] for _ in range(k)]
-    for index, timestep in enumerate(schedule.timesteps.tolist()):
+    for index, timestep in enumerate(timesteps):
         # A flow schedule starts at T itself, which belongs to the first part.
-        part = min(int(timestep * k / schedule.train_timesteps), k - 1)
+        part = min(int(timestep * k / total), k - 1)
         parts[k - 1 - part].append(index)
     if not all(parts):
         raise ValueError(
-            f"{k} segments over {schedule.num_steps} steps leave a segment without a timestep; "
+            f"{k} segments over {len(timesteps)} steps leave a segment without a timestep; "
             "use fewer segments or more steps"
         )
     return tuple(tuple(part) for part in parts)
+
+
+def segments(schedule: Schedule, k: int) -> tuple[tuple[int, ...], ...]:
+    """`cut` of a schedule's own timesteps."""
+    return cut(schedule.timesteps.tolist(), k, schedule.train_timesteps)
