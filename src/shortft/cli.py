@@ -14,6 +14,7 @@ from shortft import __version__
 from shortft.assets import EMBEDDED
 from shortft.cli_options import (
     REWARD,
+    AdapterStepsOption,
     BatchOption,
     GuidanceOption,
     ModelOption,
@@ -29,7 +30,7 @@ from shortft.cli_options import (
 )
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import UserError
-from shortft.inputs import read_prompts
+from shortft.inputs import check_output_dir, read_prompts
 
 app = typer.Typer(
     help="Align a text-to-image model with a differentiable reward by ShortFT.",
@@ -115,6 +116,8 @@ def plan(
     **options: object,
 ) -> None:
     """Draw the chain of every stage and its cost. Takes the options of train."""
+    if png is not None:
+        check_output_dir("--png", png.parent)
     config = _config(config_file, options)
     from shortft.plan_view import show_plan
 
@@ -133,7 +136,7 @@ def sample(
     prompts: PromptsOption = None,
     output_dir: OutputDirOption = Path("runs/sample"),
     seed: SeedOption = 0,
-    num_steps: StepsOption = 50,
+    num_steps: AdapterStepsOption = None,
     guidance_scale: GuidanceOption = None,
     strength: StrengthOption = 1.0,
     batch_size: BatchOption = 8,
@@ -169,10 +172,11 @@ def evaluate(
     output_dir: OutputDirOption = Path("runs/evaluate"),
     seeds: Annotated[int, typer.Option(min=1, help="Noises per prompt.")] = 3,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, from the list's start.")] = 48,
-    num_steps: StepsOption = 50,
+    num_steps: AdapterStepsOption = None,
     guidance_scale: GuidanceOption = None,
     strength: StrengthOption = 1.0,
     precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 16,
 ) -> None:
     """Measure base and tuned model side by side, on the same prompts and noise."""
     if prompts is not None:
@@ -192,6 +196,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         strength=strength,
         precision=precision,
+        batch_size=batch_size,
     )
 
 
@@ -208,6 +213,8 @@ def check(
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
     """Measure how faithful a shortcut is. Exit code 1 when no better than a plain DDIM jump."""
+    if output is not None:
+        check_output_dir("--output", output.parent)
     from shortft.shortcut_check import check_command
 
     return check_command(
@@ -246,6 +253,7 @@ def shortcut(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
 ) -> None:
     """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""
+    check_output_dir("--output", output.parent)
     from shortft.distill import distill_command
 
     distill_command(

@@ -46,10 +46,14 @@ PromptsOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 StepsOption = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of the chain.")]
+AdapterStepsOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=1000, help="Denoising steps; default: the adapter's own, or 50."),
+]
 SegmentsOption = Annotated[int, typer.Option(min=1, help="Segments of the chain.")]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option(min=1, help="Classifier-free guidance; default: the model's own."),
+    typer.Option(min=1, help="Classifier-free guidance; default: the adapter's or the model's."),
 ]
 PrecisionOption = Annotated[
     Literal["fp32", "bf16"], typer.Option(help="Number format of the frozen networks.")

@@ -47,7 +47,8 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     log = read_metrics(output_dir / "metrics.jsonl").updates
     family = load_family(EMBEDDED, precision=config.precision)
     scored_by = make_reward(config.reward, config.reward_model, family.device)
-    prompts = prompts_for(EMBEDDED, "held_out")[:NUM_PROMPTS]
+    listed = prompts_for(EMBEDDED, "held_out")
+    prompts = [listed[i * len(listed) // NUM_PROMPTS] for i in range(NUM_PROMPTS)]
     with console.status("") as status:
         figures, pictures = evaluate(
             family,
@@ -69,7 +70,12 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_before_after(output_dir / "before_after.png", pictures, SEEDS)
-    draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png", reward_name=config.reward)
+    draw_curves(
+        output_dir / "metrics.jsonl",
+        output_dir / "curves.png",
+        title=f"{config.method} on {config.model}",
+        reward_name=config.reward,
+    )
     console.print(summary_table(summary))
     for warning in figures["warnings"]:
         console.print(f"warning: {warning}", markup=False)

@@ -25,8 +25,8 @@ from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
 from shortft.networks import SHORTCUT, add_lora, lora_parameters, lora_state, view
-from shortft.plans import Step, base_plan
-from shortft.schedule import Schedule, segments, to_x0_eps
+from shortft.plans import base_plan
+from shortft.schedule import Schedule, jump, segments, to_x0_eps
 from shortft.seeds import generator, sample_seed
 from shortft.shortcut_check import Fidelity, Jumper, Jumping, jump_plan, measure
 
@@ -126,8 +126,11 @@ class Distiller:
     def walk(self, latents: Tensor, cond: Conditioning, start: int, stop: int) -> Tensor:
         """The base's guided chain from one point to a later one."""
         for i in range(start, stop):
-            step = Step(i, i + 1, "base")
-            latents = self._jump(step, latents, cond)
+            timestep = float(self.schedule.timesteps[i])
+            prediction = self.family.predict(
+                self.family.denoiser, latents, timestep, cond, self.guidance
+            )
+            latents = jump(self.schedule, latents, prediction, i, i + 1)
         return latents
 
     @torch.no_grad()
@@ -192,8 +195,7 @@ class Distiller:
         floor = torch.tensor([points[i][1] for i in picked], device=device)
         share = torch.rand(batch_size, generator=self._generator())
         # A target point in [n + 1, floor], drawn per sample.
-        target = here + 1 + (share.to(device) * (floor - here)).long().clamp(max=floor.max())
-        target = torch.minimum(target, floor)
+        target = here + 1 + (share.to(device) * (floor - here)).long()
         cond = self.cond[prompts[rows]]
         x0 = images[rows]
         noise = torch.randn(x0.shape, generator=self._generator()).to(device)
@@ -208,8 +210,10 @@ class Distiller:
             safe = torch.minimum(here + 1, target - 1).clamp(min=0)
             ahead = self._student_jump(self.teacher_view, following, cond, safe, target)
             answer = torch.where(last, following, ahead)
+            alpha, sigma = self._coefficients(target, x)
+            unit = alpha * x0 + sigma * noise - x
         landed = self._student_jump(self.student, x, cond, here, target)
-        return _distance(landed, answer, self._move(x, noise, here, target) - x)
+        return _distance(landed, answer, unit)
 
     # The training loop's pieces
 
@@ -257,13 +261,6 @@ class Distiller:
 
     def _jumper(self) -> Jumper:
         return Jumper("shortcut", self.averaged(), Guidance())
-
-    def _jump(self, step: Step, latents: Tensor, cond: Conditioning) -> Tensor:
-        nets = Jumping(self.family, self.guidance, self._jumper())
-        timestep = float(self.schedule.timesteps[step.start])
-        prediction = nets.predict(step, latents, timestep, cond)
-        here = torch.full((len(latents),), step.start, device=latents.device)
-        return self._move(latents, prediction, here, here + (step.stop - step.start))
 
     def _student_jump(
         self, net: nn.Module, x: Tensor, cond: Conditioning, start: Tensor, stop: Tensor
@@ -412,6 +409,7 @@ def distill_command(
     from shortft.assets import prompts_for
     from shortft.families import load_family
     from shortft.inputs import read_prompts
+    from shortft.sampling import check_segments
 
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end in .safetensors")
@@ -429,6 +427,7 @@ def distill_command(
     family = load_family(model, precision=precision)
     guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
     schedule = family.schedule(num_steps)
+    check_segments(schedule, segments)
     cond = family.encode(training)
     distiller = Distiller(family, schedule, segments, guidance, cond, rank=rank, seed=seed)
     if resume and output.exists():

@@ -20,7 +20,6 @@ from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
 from shortft.rewards import held_out_scorer, make_reward
-from shortft.rewards.clip import ClipReward
 from shortft.rewards.combine import WeightedSum
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import generator, sample_seed
@@ -52,9 +51,10 @@ def evaluate(
     prompts: list[str],
     *,
     seeds: int,
-    num_steps: int,
+    num_steps: int | None = None,
     guidance_scale: float | None = None,
     strength: float = 1.0,
+    batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Pictures]:
@@ -75,45 +75,58 @@ def evaluate(
     nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
     base = ModelNetworks(family, guidance=nets.guidance)
     progress("base")
-    before = generate(family, base, base_plan(schedule), schedule, cond, noises)
+    before = generate(
+        family, base, base_plan(schedule), schedule, cond, noises, batch_size=batch_size
+    )
     progress("tuned")
-    after = generate(family, nets, plan, schedule, cond, noises)
+    after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
-    before, after = before.to(family.device), after.to(family.device)
-    scored = [_scores(reward, images, repeated) for images in (before, after)]
+    scored = [_in_batches(reward, images, repeated, family) for images in (before, after)]
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
         "seeds_per_prompt": seeds,
         "seed": seed,
-        "num_steps": num_steps,
+        "num_steps": schedule.num_steps,
         "strength": strength,
         "reward": _compared(reward.name, scored[0], scored[1], seeds),
     }
     scorer = held_out_scorer(family.source, family.device)
     if scorer is not None:
-        held_out = [_scores(scorer, images, repeated) for images in (before, after)]
+        held_out = [_in_batches(scorer, images, repeated, family) for images in (before, after)]
         figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
-        variety = [diversity(images, scorer.embed_images, repeated) for images in (before, after)]
+        embed = scorer.embed_images
+
+        def features(images: Tensor) -> Tensor:
+            return _in_batches(lambda part, _: embed(part), images, repeated, family)
+
+        variety = [diversity(images, features, repeated) for images in (before, after)]
         figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
-    figures["reports"] = {
-        part.name: {
-            **_compared(
-                part.report_name, part.report(before, repeated), part.report(after, repeated), seeds
-            ),
+    figures["reports"] = {}
+    for part, _ in reward.parts:
+        old, new = (
+            _in_batches(part.report, images, repeated, family) for images in (before, after)
+        )
+        figures["reports"][part.name] = {
+            **_compared(part.report_name, old, new, seeds),
             "higher_is_better": part.report_higher_is_better,
         }
-        for part, _ in reward.parts
-    }
     figures["warnings"] = collapse_warnings(before, after)
-    return figures, Pictures(repeated, before.cpu(), after.cpu(), scored[0], scored[1])
+    return figures, Pictures(repeated, before, after, scored[0], scored[1])
 
 
 @torch.no_grad()
-def _scores(reward: WeightedSum | ClipReward, images: Tensor, prompts: list[str]) -> Tensor:
+def _in_batches(
+    measure: Callable[[Tensor, list[str]], Tensor],
+    images: Tensor,
+    prompts: list[str],
+    family: Family,
+    size: int = 64,
+) -> Tensor:
+    """A measure of many images, some at a time on the model's device; the result on the CPU."""
     parts = [
-        reward(images[i : i + 64], prompts[i : i + 64]).float().cpu()
-        for i in range(0, len(images), 64)
+        measure(images[i : i + size].to(family.device), prompts[i : i + size]).float().cpu()
+        for i in range(0, len(images), size)
     ]
     return torch.cat(parts)
 
@@ -141,10 +154,11 @@ def evaluate_command(
     output_dir: Path,
     seeds: int,
     num_prompts: int,
-    num_steps: int,
+    num_steps: int | None,
     guidance_scale: float | None,
     strength: float,
     precision: str,
+    batch_size: int,
 ) -> None:
     """`shortft evaluate`: print the table, write evaluation.json and before_after.png."""
     from rich.console import Console
@@ -171,6 +185,7 @@ def evaluate_command(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             strength=strength,
+            batch_size=batch_size,
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )
     output_dir.mkdir(parents=True, exist_ok=True)

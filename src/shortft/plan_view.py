@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +50,17 @@ class Cost:
 def measure_cost(trainer: Trainer) -> Cost:
     """Time one call of each kind on real modules; the second of two, the first warms up."""
     batch = trainer.batches(0)[0]
-    noise = trainer.family.noise(batch.seeds)
+    noise, cond = trainer.family.noise(batch.seeds), trainer.family.encode(batch.prompts)
     policy = Step(0, 1, "policy", trainer.nets.loras, trains=True)
 
     def forward() -> None:
         with torch.no_grad():
-            _predict(trainer, Step(0, 1, "base"), noise, batch.cond)
+            _predict(trainer, Step(0, 1, "base"), noise, cond)
 
     def gradient() -> None:
         # The input carries gradient too, as it does in the middle of a chain.
         x = noise.clone().requires_grad_()
-        _predict(trainer, policy, x, batch.cond).square().mean().backward()
+        _predict(trainer, policy, x, cond).square().mean().backward()
 
     def decode() -> None:
         images = trainer.family.decode(noise.clone().requires_grad_())
@@ -68,10 +69,12 @@ def measure_cost(trainer: Trainer) -> Cost:
     costs = []
     for action in (forward, gradient, decode):
         action()
+        _wait(trainer)
         kept = _Kept()
         began = time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             action()
+        _wait(trainer)
         costs.append((time.monotonic() - began, kept.total))
     trainer.optimizer.zero_grad(set_to_none=True)
     return Cost(costs[0][0], costs[1][0], costs[2][0], costs[1][1], costs[2][1])
@@ -81,16 +84,24 @@ def _predict(trainer: Trainer, step: Step, x: Tensor, cond: Conditioning) -> Ten
     return trainer.nets.predict(step, x, float(trainer.schedule.timesteps[0]), cond)
 
 
+def _wait(trainer: Trainer) -> None:
+    """Let the GPU finish, so that the clock shows work and not launches."""
+    if trainer.family.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class _Kept:
-    """Adds up the distinct storages that a graph keeps, parameters left out."""
+    """Adds up the distinct storages that a graph keeps, weights left out."""
 
     def __init__(self) -> None:
-        self.seen: set[int] = set()
+        # By storage: a linear layer keeps a transposed view of its weight.
+        alive = (thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter))
+        self.seen = {weight.untyped_storage().data_ptr() for weight in alive}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in self.seen:
+        if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.total += storage.nbytes()
         return tensor

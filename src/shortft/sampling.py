@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shortft.adapter import load_into, read_info
 from shortft.chain import run_chain
+from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import Plan, base_plan, inference_plan
-from shortft.schedule import Schedule
+from shortft.schedule import Schedule, segments
 
 
 @torch.no_grad()
@@ -35,21 +37,36 @@ def generate(
     return torch.cat(images)
 
 
+def check_segments(schedule: Schedule, k: int) -> None:
+    """Whether a chain can be cut into k segments.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        segments(schedule, k)
+    except ValueError as error:
+        raise UserError(f"--segments {k}, --num-steps {schedule.num_steps}: {error}") from error
+
+
 def load_tuned(
     family: Family,
     adapter: Path | None,
-    num_steps: int,
+    num_steps: int | None,
     guidance_scale: float | None,
     strength: float = 1.0,
 ) -> tuple[ModelNetworks, Schedule, Plan]:
-    """Networks, schedule and inference plan of a model with an adapter, or of the base alone."""
-    from shortft.adapter import load_into, read_info
+    """Networks, schedule and inference plan of a model with an adapter, or of the base alone.
 
-    schedule = family.schedule(num_steps)
+    Without a number of steps the adapter's own, for the base alone 50; likewise its guidance.
+    """
     if adapter is None:
+        schedule = family.schedule(num_steps or 50)
         scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
         return ModelNetworks(family, guidance=Guidance(scale)), schedule, base_plan(schedule)
     info = read_info(adapter)
+    schedule = family.schedule(num_steps or info.num_steps)
+    check_segments(schedule, info.segments)
     scale = info.guidance_scale if guidance_scale is None else guidance_scale
     nets = ModelNetworks(family, guidance=Guidance(scale), loras=info.loras, rank=info.rank)
     load_into(nets, adapter)
@@ -65,7 +82,7 @@ def sample(
     prompts: list[str],
     output_dir: Path,
     seed: int,
-    num_steps: int,
+    num_steps: int | None,
     guidance_scale: float | None,
     strength: float,
     batch_size: int,
@@ -76,6 +93,8 @@ def sample(
     from shortft.drawing.grids import save_images
     from shortft.families import load_family
 
+    if adapter is not None:
+        read_info(adapter)  # a wrong path is told before the model is loaded
     console = Console()
     with console.status(f"loading {model}"):
         family = load_family(model)

@@ -80,16 +80,6 @@ def jump_plan(schedule: Schedule, k: int, *, first: bool) -> Plan:
     return Plan(tuple(steps))
 
 
-def without_loras(plan: Plan) -> Plan:
-    """The same chain with the base in the policy's place."""
-    return Plan(
-        tuple(
-            Step(s.start, s.stop, "base" if s.net == "policy" else s.net, pin=s.pin)
-            for s in plan.steps
-        )
-    )
-
-
 def psnr(images_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB of images in [0, 1]."""
     error = (images_BCHW - reference_BCHW).square().flatten(1).mean(1)
@@ -192,6 +182,7 @@ def check_command(
     from shortft.families import load_family
     from shortft.inputs import read_prompts
     from shortft.networks import SHORTCUT, view
+    from shortft.sampling import check_segments
     from shortft.seeds import sample_seed
 
     path = shortcut_for(model, shortcut)
@@ -202,6 +193,7 @@ def check_command(
     family = load_family(model)
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     schedule = family.schedule(num_steps)
+    check_segments(schedule, segments)
     module = view(family.denoiser)
     family.load_lora(module, path, SHORTCUT)
     jumpers = [

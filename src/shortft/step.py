@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shortft.chain import run_chain
 from shortft.families.base import Conditioning, Family
@@ -23,7 +25,6 @@ class Batch:
 
     prompts: list[str]
     seeds: list[int]
-    cond: Conditioning
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for batch in batches:
+        cond = family.encode(batch.prompts)
         noise = family.noise(batch.seeds)
-        rollout = true_rollout(nets, noise, batch.cond, schedule) if plan.needs_rollout else None
-        latents = run_chain(
-            plan, nets, noise, batch.cond, schedule, recompute=recompute, rollout=rollout
-        )
-        images = family.decode(latents)  # [0, 1], still differentiable
+        rollout = true_rollout(nets, noise, cond, schedule) if plan.needs_rollout else None
+        latents = run_chain(plan, nets, noise, cond, schedule, recompute=recompute, rollout=rollout)
+        decode = functools.partial(checkpoint, use_reentrant=False) if recompute else plainly
+        images = decode(family.decode, latents)  # [0, 1], still differentiable
         parts = reward.components(images, batch.prompts)  # each (B,), higher is better
         scores = reward.combine(parts)
         loss = -scores.mean() / len(batches)
@@ -80,6 +81,11 @@ def train_step(
     means = accelerator.reduce(means, reduction="mean")
     values = dict(zip(totals, means.tolist(), strict=True))
     return Outcome(values.pop("reward"), values, float(grad_norm), skipped=not finite)
+
+
+def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Without recomputation in the backward pass."""
+    return function(x)
 
 
 def true_rollout(

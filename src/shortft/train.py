@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,20 +19,20 @@ from torch import Tensor
 
 from shortft.adapter import AdapterInfo, copy_state, save_adapter
 from shortft.assets import prompts_for, shortcut_for
-from shortft.checkpoint import load_latest, save_checkpoint
+from shortft.checkpoint import Checkpoint, load_latest, save_checkpoint
 from shortft.config import Config, to_yaml
 from shortft.drawing.progress import TrainProgress
 from shortft.errors import UserError
 from shortft.families import load_family
-from shortft.families.base import Conditioning, Family, Guidance
+from shortft.families.base import Family, Guidance
 from shortft.inputs import read_prompts
 from shortft.memory import peak_memory_bytes
 from shortft.networks import ModelNetworks
 from shortft.plans import METHODS, Plan, inference_plan
 from shortft.rewards import anchor_warning, held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
-from shortft.sampling import generate
-from shortft.schedule import Schedule, segments
+from shortft.sampling import check_segments, generate
+from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
 from shortft.step import Batch, Outcome, train_step
 
@@ -41,11 +42,12 @@ NOISE, PROMPTS, PICTURES = 1, 2, 3  # places in the seed's name space
 
 @dataclass
 class Counters:
-    """Where a run stands: updates done, seconds of training, updates skipped in a row."""
+    """Where a run stands: updates done, seconds of training, skipped in a row, stage."""
 
     update: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    stage: int = 1
 
 
 class Trainer:
@@ -70,6 +72,9 @@ class Trainer:
             )
         self.prompts = training_prompts(config)
         shortcut = shortcut_for(config.model, config.shortcut)
+        digest = hashlib.sha256("\n".join(self.prompts).encode())
+        digest.update(shortcut.read_bytes() if shortcut else b"")
+        self.inputs = digest.hexdigest()  # of what the configuration names by path only
         device = str(self.accelerator.device)
         self.family: Family = load_family(config.model, precision=config.precision, device=device)
         self.schedule: Schedule = self.family.schedule(config.num_steps)
@@ -88,7 +93,6 @@ class Trainer:
         )
         self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
         self.held_out = held_out_scorer(config.model, device)
-        self.cond: Conditioning = self.family.encode(self.prompts)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.nets.parameters_of(number).values())}
@@ -99,14 +103,22 @@ class Trainer:
             betas=(0.9, 0.999),
         )
         self.counters = Counters()
+        self.between_updates = True
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that one process runs at once."""
+        return self.config.batch_size // (self.config.accumulation * self.accelerator.num_processes)
 
     # One update
 
     def stage(self) -> int:
-        """1…k, from the share of the budget that is spent."""
+        """1…k, from the share of the budget that is spent; a larger budget never goes back."""
         spent = self.spent()
         bounds = stage_bounds(self.config)
-        return next((i for i, bound in enumerate(bounds, 1) if spent < bound), len(bounds))
+        due = next((i for i, bound in enumerate(bounds, 1) if spent < bound), len(bounds))
+        self.counters.stage = max(self.counters.stage, due)
+        return self.counters.stage
 
     def spent(self) -> float:
         """Share of the budget that is spent; the run ends at 1."""
@@ -121,7 +133,7 @@ class Trainer:
     def batches(self, update: int) -> list[Batch]:
         """This process's micro-batches; sample i of an update is the same however it is split."""
         config = self.config
-        size = config.batch_size // (config.accumulation * self.accelerator.num_processes)
+        size = self.micro_batch
         first = self.accelerator.process_index * size * config.accumulation
         made = []
         for start in range(first, first + size * config.accumulation, size):
@@ -129,7 +141,7 @@ class Trainer:
             for index in range(start, start + size):
                 rows.append(self._prompt_row(update * config.batch_size + index))
                 seeds.append(sample_seed(config.seed, NOISE, update, index))
-            made.append(Batch([self.prompts[row] for row in rows], seeds, self.cond[rows]))
+            made.append(Batch([self.prompts[row] for row in rows], seeds))
         return made
 
     def _prompt_row(self, position: int) -> int:
@@ -144,6 +156,7 @@ class Trainer:
     def update(self) -> tuple[int, Outcome]:
         """One optimizer update; returns the stage it belonged to and what it did."""
         began = time.monotonic()
+        self.between_updates = False
         stage = self.stage()
         plan = self.plans[stage - 1]
         self.nets.train_only(plan.trainable)
@@ -165,6 +178,7 @@ class Trainer:
         clock = [counters.seconds + time.monotonic() - began]
         counters.seconds = float(broadcast_object_list(clock)[0])
         counters.skipped = counters.skipped + 1 if outcome.skipped else 0
+        self.between_updates = True
         if counters.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a gradient "
@@ -183,7 +197,12 @@ class Trainer:
                 for name, parameter in self.nets.parameters_of(number).items()
                 for key, value in self.optimizer.state.get(parameter, {}).items()
             }
-        state = {**vars(self.counters), "log_bytes": log_bytes, "config": to_yaml(self.config)}
+        state = {
+            **vars(self.counters),
+            "log_bytes": log_bytes,
+            "inputs": self.inputs,
+            "config": to_yaml(self.config),
+        }
         save_checkpoint(
             self.config.output_dir / "checkpoints",
             self.counters.update,
@@ -192,14 +211,17 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
-    def resume(self) -> tuple[int, list[str]]:
-        """Go back to the newest checkpoint.
+    def restore(self, saved: Checkpoint) -> None:
+        """Go back to a checkpoint.
 
-        Returns:
-            The length of the metrics log at that time, and notes on damaged checkpoints.
+        Raises:
+            UserError: if the prompts or the shortcut are no longer those of the run.
         """
-        saved, notes = load_latest(self.config.output_dir / "checkpoints")
-        check_same_run(saved.state["config"], self.config)
+        if saved.state["inputs"] != self.inputs:
+            raise UserError(
+                "--resume: the prompts or the shortcut's file changed since the checkpoint; "
+                "restore them, or start a new run in another --output-dir"
+            )
         for number in range(1, self.nets.loras + 1):
             copy_state(self.nets, number, saved.tensors[f"lora_{number}"])
             flat = saved.tensors[f"optimizer_{number}"]
@@ -213,7 +235,6 @@ class Trainer:
                     }
         for name in vars(self.counters):
             setattr(self.counters, name, saved.state[name])
-        return int(saved.state["log_bytes"]), notes
 
     def save_adapter(self) -> Path:
         plan = inference_plan(
@@ -245,7 +266,15 @@ class Trainer:
             self.schedule, self.config.segments, timestep_lora=self.config.timestep_lora
         )
         seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count)]
-        images = generate(self.family, self.nets, plan, self.schedule, self.cond[rows], seeds)
+        images = generate(
+            self.family,
+            self.nets,
+            plan,
+            self.schedule,
+            self.family.encode([self.prompts[row] for row in rows]),
+            seeds,
+            batch_size=self.micro_batch,
+        )
         return [self.prompts[row] for row in rows], images
 
 
@@ -260,9 +289,15 @@ def train(config: Config, resume: bool = False) -> Path:
         raise UserError(
             f"--output-dir {root}: holds a run; pass --resume to continue it, or name another one"
         )
+    saved, notes = load_latest(root / "checkpoints") if resume else (None, [])
+    if saved is not None:
+        check_same_run(saved.state["config"], config)
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
-    log_bytes, notes = trainer.resume() if resume else (0, [])
+    log_bytes = 0
+    if saved is not None:
+        trainer.restore(saved)
+        log_bytes = int(saved.state["log_bytes"])
     if main:
         root.mkdir(parents=True, exist_ok=True)
         (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -284,7 +319,13 @@ def train(config: Config, resume: bool = False) -> Path:
             progress.log(f"warning: {warning}")
         if resume:
             progress.log(f"continuing after update {trainer.counters.update}")
-        run_updates(trainer, log, progress)
+        try:
+            run_updates(trainer, log, progress)
+        except KeyboardInterrupt:
+            if trainer.accelerator.num_processes == 1 and trainer.between_updates:
+                trainer.save_checkpoint(log.position())
+                progress.log(f"stopped after update {trainer.counters.update}; go on by --resume")
+            raise
         if main:
             trainer.save_checkpoint(log.position())
             adapter = trainer.save_adapter()
@@ -365,16 +406,18 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         if self.enabled:
-            # JSON knows no NaN: a skipped update's figures are null.
-            clean = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in row.items()
-            }
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
 
     def position(self) -> int:
         return self.path.stat().st_size if self.enabled else 0
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stage_plans(config: Config, schedule: Schedule) -> list[Plan]:
@@ -383,10 +426,7 @@ def stage_plans(config: Config, schedule: Schedule) -> list[Plan]:
     Raises:
         UserError: if the chain cannot be cut so, or a plan carries no gradient.
     """
-    try:
-        segments(schedule, config.segments)
-    except ValueError as error:
-        raise UserError(f"--segments {config.segments}: {error}") from error
+    check_segments(schedule, config.segments)
     make: Callable[..., Plan] = METHODS[config.method]
     plans = [
         make(
@@ -409,7 +449,7 @@ def stage_bounds(config: Config) -> list[float]:
     total, bounds = 0.0, []
     for share in shares:
         total += share
-        bounds.append(total / sum(shares))
+        bounds.append(round(total / sum(shares), 9))  # 0.1 + 0.2 is no more than 0.3
     return bounds
 
 
@@ -428,6 +468,11 @@ def check_same_run(saved: str, config: Config) -> None:
     import yaml
 
     may_change = {
+        "prompts",  # compared by content, as is the shortcut
+        "shortcut",
+        "recompute",  # these three change the memory a run takes, not what it learns
+        "merge_shortcut",
+        "accumulation",
         "output_dir",
         "updates",
         "minutes",

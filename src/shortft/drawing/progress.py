@@ -49,6 +49,7 @@ class TrainProgress:
         self.rewards: deque[float] = deque(maxlen=window)
         self.durations: deque[float] = deque(maxlen=window)
         self.fraction = 0.0
+        self.spent = 0.0  # on updates: pictures and checkpoints are outside the budget
         self.last_line = ""
         self.last_shown: str | None = None
         self.next_plain = -math.inf
@@ -96,7 +97,8 @@ class TrainProgress:
             self.rewards.append(reward)
         if not self.enabled:
             return
-        elapsed = self.start_seconds + now - self.began
+        self.spent += self.durations[-1]
+        elapsed = self.start_seconds + self.spent
         self.fraction, left = self._done(update, elapsed), self._left(update, elapsed)
         per_update = sum(self.durations) / len(self.durations)
         mean = sum(self.rewards) / len(self.rewards) if self.rewards else math.nan

@@ -1,8 +1,11 @@
-"""Model families: name → class. Adding one is one file, one line here, one parity test."""
+"""Model families: pipeline class → ours. Adding one is one file, one line, one parity test."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from shortft.errors import UserError
+from shortft.quiet import quiet
 
 if TYPE_CHECKING:
     from shortft.families.base import Family
@@ -25,6 +28,24 @@ def load_family(model: str, *, precision: str = "fp32", device: str | None = Non
     Raises:
         UserError: if it cannot be found or belongs to no supported family.
     """
+    from diffusers import DiffusionPipeline
+
+    from shortft.assets import model_path
     from shortft.families.sd import StableDiffusion
 
-    return StableDiffusion.load(model, precision=precision, device=device or default_device())
+    families: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
+    try:
+        with quiet():
+            index = DiffusionPipeline.load_config(model_path(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {model}: no model there ({reason}); give `emoji`, a directory saved by "
+            "save_pretrained, or a hub id"
+        ) from error
+    name = str(index.get("_class_name"))
+    if name not in families:
+        raise UserError(
+            f"--model {model}: is a {name}; supported are {', '.join(sorted(families))}"
+        )
+    return families[name].load(model, precision=precision, device=device or default_device())

@@ -62,6 +62,11 @@ class StableDiffusion:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.default_guidance_scale = DEFAULT_GUIDANCE_SCALE
         self.denoiser: nn.Module = pipeline.unet
+        if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+            raise UserError(
+                f"--model {source}: its denoiser takes more than latents (an inpainting or "
+                "image-guided model); give a plain text-to-image model"
+            )
         size = pipeline.unet.config.sample_size
         self._latent_shape = (1, pipeline.unet.config.in_channels, size, size)
         self.vae = pipeline.vae

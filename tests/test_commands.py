@@ -1,0 +1,149 @@
+"""sample, evaluate, plan and demo on tiny runs: what they write, and how they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shortft.cli import main
+from shortft.config import Config
+from shortft.train import train
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a list of prompts and an adapter trained for 8 steps."""
+    root = tmp_path_factory.mktemp("run")
+    save_tiny(root / "model")
+    (root / "prompts.txt").write_text("red apple\npanda face\n")
+    train(
+        Config(
+            model=str(root / "model"),
+            prompts=root / "prompts.txt",
+            shortcut="none",
+            reward="symmetry",
+            num_steps=8,
+            rank=2,
+            batch_size=2,
+            updates=4,
+            learning_rate=1e-2,
+            sample_every=0,
+            progress=False,
+            tensorboard=False,
+            output_dir=root / "train",
+        )
+    )
+    return root
+
+
+def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--model", str(run / "model"), "--prompts", str(run / "prompts.txt")]
+    adapter = ["--adapter", str(run / "train" / "adapter")]
+    assert main(["sample", *options, "--num-steps", "8", "--output-dir", str(tmp_path / "a")]) == 0
+    # Without --num-steps an adapter's own number is taken.
+    assert main(["sample", *options, *adapter, "--output-dir", str(tmp_path / "b")]) == 0
+    base, tuned = (sorted((tmp_path / name).iterdir()) for name in "ab")
+    assert [p.name for p in base] == ["0000_red-apple_seed0.png", "0001_panda-face_seed1.png"]
+    assert [p.name for p in tuned] == [p.name for p in base]
+    with Image.open(tuned[0]) as picture:
+        assert picture.size == (16, 16)
+        assert picture.text["prompt"] == "red apple"  # type: ignore[attr-defined]
+    # Strength 0 is the base.
+    zero = tmp_path / "c"
+    steps = ["--strength", "0", "--output-dir", str(zero)]
+    assert main(["sample", *options, *adapter, *steps, "--guidance-scale", "7.5"]) == 0
+    assert [p.read_bytes() for p in sorted(zero.iterdir())] == [p.read_bytes() for p in base]
+
+
+def test_evaluate(run: Path, tmp_path: Path):
+    code = main(
+        [
+            "evaluate",
+            "--model",
+            str(run / "model"),
+            "--adapter",
+            str(run / "train" / "adapter"),
+            "--prompts",
+            str(run / "prompts.txt"),
+            "--reward",
+            "symmetry",
+            "--seeds",
+            "2",
+            "--output-dir",
+            str(tmp_path),
+        ]
+    )
+    assert code == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures["prompts"] == 2
+    assert figures["num_steps"] == 8
+    reward, report = figures["reward"], figures["reports"]["symmetry"]
+    assert reward["before"] == pytest.approx(-report["before"], rel=1e-4)
+    low, high = reward["change_interval"]
+    assert low <= reward["after"] - reward["before"] <= high
+    assert (tmp_path / "before_after.png").exists()
+
+
+def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    png = tmp_path / "plan.png"
+    options = ["--model", str(run / "model"), "--prompts", str(run / "prompts.txt")]
+    options += ["--shortcut", "none", "--reward", "symmetry", "--rank", "2"]
+    assert main(["plan", *options, "--png", str(png)]) == 0
+    told = capsys.readouterr().out
+    for calls, gradient in ((18, 7), (29, 5), (39, 3), (50, 1)):
+        assert f"{calls} network calls, {gradient} with gradient" in told
+    with Image.open(png) as picture:
+        assert picture.width > 800
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--prompt", "x", "--adapter", "{run}/model"], "adapter.json"),
+        (["sample", "--prompt", "x", "--adapter", "{run}/train/adapter", "--num-steps", "3"], "3"),
+        (["sample", "--prompt", "x", "--adapter", "{run}/train/adapter"], "does not fit emoji"),
+        (["check", "--segments", "60"], "--segments 60"),
+        (["shortcut", "--segments", "60", "--output", "{tmp}/s.safetensors"], "--segments 60"),
+        (["shortcut", "--output", "{run}/prompts.txt/s.safetensors"], "--output"),
+        (["plan", "--png", "{run}/prompts.txt/p.png"], "--png"),
+        (["check", "--output", "{run}/prompts.txt/c.json"], "--output"),
+        (["sample", "--prompt", "x", "--model", "{sdxl}"], "StableDiffusionXLPipeline"),
+        (["demo", "--output-dir", "{run}/train"], "no demo"),
+        (["demo", "--reward", "nonsense", "--output-dir", "{tmp}/demo"], "nonsense"),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
+    other = tmp_path / "sdxl"
+    other.mkdir()
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1"}
+    (other / "model_index.json").write_text(json.dumps(index))
+    filled = [a.format(run=run, tmp=tmp_path, sdxl=other) for a in arguments]
+    assert main(filled) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: ")
+    assert "\n" not in told
+    assert message in told
+    assert (run / "train" / "adapter" / "adapter.json").exists()
+
+
+def test_a_demo_clears_only_an_earlier_demo(tmp_path: Path):
+    from shortft.demo import MARKER, clear_earlier_demo
+    from shortft.errors import UserError
+
+    folder = tmp_path / "demo"
+    clear_earlier_demo(folder)
+    assert (folder / MARKER).exists()
+    (folder / "checkpoints").mkdir()
+    (folder / "mine.txt").write_text("keep")
+    clear_earlier_demo(folder)
+    assert sorted(p.name for p in folder.iterdir()) == [MARKER, "mine.txt"]
+    real = tmp_path / "real"
+    (real / "checkpoints").mkdir(parents=True)
+    (real / "config.yaml").touch()
+    with pytest.raises(UserError, match="no demo"):
+        clear_earlier_demo(real)
+    assert (real / "checkpoints").exists()
