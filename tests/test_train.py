@@ -144,7 +144,7 @@ def test_two_processes_give_the_same_updates(settings, tmp_path: Path):
     results = []
     for processes in (1, 2):
         out = tmp_path / f"processes{processes}"
-        config = Config(**{**settings, "updates": 4, "sample_every": 0, "output_dir": out})
+        config = Config(**{**settings, "updates": 4, "sample_every": 2, "output_dir": out})
         file = tmp_path / f"{processes}.yaml"
         file.write_text(to_yaml(config))
         launch = [sys.executable, "-m"]
