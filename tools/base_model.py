@@ -166,6 +166,10 @@ def export(bundle: Bundle, work: Path, out: Path) -> None:
     config = out / "text_encoder" / "config.json"
     fields = {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"}
     config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    config = out / "vae" / "config.json"  # it names the folder that it was loaded from
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("_name_or_path", None)
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     (out / "shortft.json").write_text('{"guidance_scale": 3.0}\n', encoding="utf-8")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"wrote {out}: {size / 1e6:.1f} MB")
