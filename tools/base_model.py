@@ -87,6 +87,7 @@ class Bundle:
         )
         self.alphas_cumprod: Tensor = make_scheduler().alphas_cumprod
         self.step = self.samples = 0
+        self.fresh_since = 0  # the step at which the optimizer was new
         self.seconds = 0.0
 
     @torch.no_grad()
@@ -154,6 +155,17 @@ def load_bundle(bundle: Bundle, path: Path) -> None:
         }
     bundle.step, bundle.samples = int(counters["step"]), int(counters["samples"])
     bundle.seconds = float(counters["seconds"])
+
+
+def load_pipeline(bundle: Bundle, folder: Path, log: Path) -> None:
+    """Start from an exported pipeline with a new optimizer, at the counters of the log's last row."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    for networks in (bundle.networks, bundle.ema):
+        networks["unet"].load_state_dict(pipe.unet.state_dict())
+        networks["text_encoder"].load_state_dict(pipe.text_encoder.state_dict())
+    step, samples, seconds = log.read_text().splitlines()[-1].split(",")[:3]
+    bundle.step = bundle.fresh_since = int(step)
+    bundle.samples, bundle.seconds = int(samples), float(seconds)
 
 
 def export(bundle: Bundle, work: Path, out: Path) -> None:

@@ -6,13 +6,15 @@
 Needs what data.py, train_vae.py and train_tokenizer.py wrote. The stable phase goes on from
 `base/stable.safetensors` if it is there, so it can be stopped (`touch build/assets/base/stop`) and
 continued at will; the decay starts from that file and leaves it alone, so that a longer stable
-phase and another decay can follow. Grids and the log: `base/`.
+phase and another decay can follow. `--init src/shortft/assets/emoji` goes on from the shipped
+pipeline where that file is lost. Grids and the log: `base/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from base_model import Bundle, export, load_bundle, make_bundle, save_bundle
+from base_model import Bundle, export, load_bundle, load_pipeline, make_bundle, save_bundle
 from captions import Sampler, load_latents
 from data import ASSETS
 from grid import draw, sample
@@ -104,7 +106,7 @@ def train(bundle: Bundle, work: Path, args: argparse.Namespace, rank: int) -> No
     log = Log(work / "base" / "log.csv", "decay" if decay else "stable", bundle)
     done = 0.0
     while done < 1:
-        pace = 1 - done if decay else min(1.0, (bundle.step + 1) / 200)
+        pace = 1 - done if decay else min(1.0, (bundle.step - bundle.fresh_since + 1) / 200)
         for group in bundle.optimizer.param_groups:
             group["lr"] = args.lr * pace * group["factor"]
         loss = training_loss(bundle, sampler, args.batch // args.workers, generator)
@@ -132,6 +134,16 @@ def train(bundle: Bundle, work: Path, args: argparse.Namespace, rank: int) -> No
         write_grid(bundle, work, f"grid_{bundle.step:06d}{'_decayed' if decay else ''}")
 
 
+def begin_from(pipeline: Path, work: Path) -> None:
+    """Put an exported pipeline's VAE, tokenizer and kept log where this command looks for them."""
+    for name in ("vae", "tokenizer"):
+        if not (work / name).exists():
+            shutil.copytree(pipeline / name, work / name)
+    log = work / "base" / "log.csv"
+    if not log.exists():
+        shutil.copyfile(Path(__file__).parent / "log" / "base.csv", log)
+
+
 def phase(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     bundle = make_bundle(args.work)
@@ -139,6 +151,9 @@ def phase(rank: int, args: argparse.Namespace) -> None:
     if start.exists():
         load_bundle(bundle, start)
         print(f"going on from {start} at step {bundle.step}", flush=True)
+    elif args.init:
+        load_pipeline(bundle, args.init, args.work / "base" / "log.csv")
+        print(f"going on from {args.init} at step {bundle.step}", flush=True)
     same_everywhere(bundle.parameters)
     train(bundle, args.work, args, rank)
 
@@ -161,6 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=40, help="samples per step, over all processes"
     )
+    parser.add_argument(
+        "--init", type=Path, help="start from this exported pipeline: its VAE and tokenizer too"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -170,6 +188,8 @@ def main() -> None:
     start = folder / ("decayed.safetensors" if args.export_only else "stable.safetensors")
     if (args.decay_minutes or args.export_only) and not start.exists():
         parser.error(f"{start} is not there; run the phase before it first")
+    if args.init:
+        begin_from(args.init, args.work)
     load_latents(args.work)
     if not args.export_only:
         launch(phase, args, args.workers)
