@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortft.assets import own_guidance
 from shortft.distill import Bank, Distiller, distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
@@ -94,6 +95,29 @@ def test_both_ways_bring_the_jumps_closer(distiller: Distiller, kind: str):
     assert error() < 0.93 * before
 
 
+def test_a_guided_student_starts_as_a_guided_ddim_jump():
+    family = tiny_family()
+    guided = Guidance(SCALE)
+    distiller = Distiller(
+        family,
+        family.schedule(STEPS),
+        K,
+        guided,
+        family.encode(PROMPTS),
+        rank=4,
+        student_guidance=guided,
+    )
+    jumpers = [distiller._jumper(), Jumper("guided DDIM jump", family.denoiser, guided)]
+    cond, noise = family.encode(PROMPTS), family.noise([1, 2, 3, 4])
+    ours, ddim = measure(family, jumpers, distiller.schedule, K, cond, noise, guided)
+    assert ours.evaluations == 2
+    assert ours.jump_error == pytest.approx(ddim.jump_error, rel=1e-5)
+    bank = Bank()
+    distiller.true_pieces(bank, 8)
+    distiller.regression_loss(bank, 8).mean().backward()
+    assert any(p.grad.abs().sum() > 0 for p in distiller.parameters.values())
+
+
 def test_the_base_is_never_trained(distiller: Distiller):
     base = list(distiller.family.denoiser.parameters())
     before = [p.clone() for p in base]
@@ -162,6 +186,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
             "num_steps": STEPS,
             "segments": K,
             "guidance_scale": SCALE,
+            "shortcut_guidance_scale": 2.0,
             "trajectories": 64,
             "seed": 0,
             "resume": False,
@@ -179,14 +204,25 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
     with pytest.raises(UserError, match="--rank"):
         make(resume=True, rank=2)
     figures = tmp_path / "figures.json"
-    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, figures, prompts)
+    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, figures, prompts)
     assert code in (0, 1)
+    assert json.loads(figures.read_text())[0]["evaluations"] == 2  # it runs as it was made to
     assert ("no better" in capsys.readouterr().out) == (code == 1)
     assert [f["name"] for f in json.loads(figures.read_text())] == [
         "shortcut",
         "plain DDIM jump",
         "guided DDIM jump",
     ]
+
+
+def test_a_shortcut_without_a_card_runs_unguided_and_a_damaged_card_is_told(tmp_path: Path):
+    path = tmp_path / "few-step.safetensors"
+    assert own_guidance(path) == own_guidance(None) == 1
+    path.with_suffix(".json").write_text('{"kind": "regression"}')
+    assert own_guidance(path) == 1
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        own_guidance(path)
 
 
 def test_a_lora_that_leaves_the_trajectory_is_found_out():

@@ -209,6 +209,10 @@ def check(
     num_steps: StepsOption = 50,
     segments: SegmentsOption = 4,
     guidance_scale: GuidanceOption = None,
+    shortcut_guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=1, help="Guidance of the shortcut; default: its own, or unguided."),
+    ] = None,
     prompts: PromptsOption = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
@@ -225,6 +229,7 @@ def check(
         num_steps=num_steps,
         segments=segments,
         guidance_scale=guidance_scale,
+        shortcut_guidance_scale=shortcut_guidance_scale,
         output=output,
         prompts_path=prompts,
     )
@@ -246,6 +251,9 @@ def shortcut(
     num_steps: StepsOption = 50,
     segments: SegmentsOption = 4,
     guidance_scale: GuidanceOption = None,
+    shortcut_guidance_scale: Annotated[
+        float, typer.Option(min=1, help="Guidance that the shortcut runs with; 1 = none.")
+    ] = 1.0,
     trajectories: Annotated[int, typer.Option(min=1, help="Size of the teacher's bank.")] = 2000,
     seed: SeedOption = 0,
     prompts: PromptsOption = None,
@@ -267,6 +275,7 @@ def shortcut(
         num_steps=num_steps,
         segments=segments,
         guidance_scale=guidance_scale,
+        shortcut_guidance_scale=shortcut_guidance_scale,
         trajectories=trajectories,
         seed=seed,
         precision=precision,

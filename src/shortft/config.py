@@ -95,7 +95,10 @@ class Config(BaseModel):
         "model), 'none' (a plain DDIM jump of the base), or a file.",
     )
     shortcut_guidance_scale: float | None = Field(
-        None, ge=1, description="Guidance of the shortcut, at least 1; none = unguided."
+        None,
+        ge=1,
+        description="Guidance of the shortcut, at least 1 (= unguided); none = the one that the "
+        "JSON file beside it names, or unguided.",
     )
     merge_shortcut: bool = Field(
         False,

@@ -80,9 +80,11 @@ class Distiller:
 
     Args:
         family: the model to imitate.
-        guidance: the guidance of the chain to imitate; the shortcut learns it and runs without.
+        guidance: the guidance of the chain to imitate.
         cond: encoded prompts to draw from.
         rank: of the LoRA on attention, feed-forward, convolution, projection and time layers.
+        student_guidance: how the shortcut itself runs. Unguided it costs one evaluation and must
+            learn guidance too; with the chain's own it costs two and starts as a guided DDIM jump.
     """
 
     def __init__(
@@ -94,11 +96,13 @@ class Distiller:
         cond: Conditioning,
         *,
         rank: int = 64,
+        student_guidance: Guidance | None = None,
         seed: int = 0,
         ema_decay: float = 0.998,
     ) -> None:
         self.family, self.schedule, self.k = family, schedule, k
         self.guidance, self.cond = guidance, cond
+        self.student_guidance = student_guidance or Guidance()
         self.seed, self.ema_decay = seed, ema_decay
         self.parts = segments(schedule, k)
         self.student = view(family.denoiser)
@@ -260,7 +264,7 @@ class Distiller:
                 self.average[name].copy_(saved[name])
 
     def _jumper(self) -> Jumper:
-        return Jumper("shortcut", self.averaged(), Guidance())
+        return Jumper("shortcut", self.averaged(), self.student_guidance)
 
     def _student_jump(
         self, net: nn.Module, x: Tensor, cond: Conditioning, start: Tensor, stop: Tensor
@@ -277,7 +281,7 @@ class Distiller:
         }
         folded = Folded(self.family.denoiser, weights)
         timesteps = self.schedule.timesteps.to(x.device)[start]
-        prediction = self.family.predict(folded, x, timesteps, cond, Guidance())
+        prediction = self.family.predict(folded, x, timesteps, cond, self.student_guidance)
         return self._move(x, prediction, start, stop)
 
     def _move(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
@@ -397,6 +401,7 @@ def distill_command(
     num_steps: int,
     segments: int,
     guidance_scale: float | None,
+    shortcut_guidance_scale: float,
     trajectories: int,
     seed: int,
     resume: bool,
@@ -429,7 +434,17 @@ def distill_command(
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
     cond = family.encode(training)
-    distiller = Distiller(family, schedule, segments, guidance, cond, rank=rank, seed=seed)
+    student_guidance = Guidance(shortcut_guidance_scale)
+    distiller = Distiller(
+        family,
+        schedule,
+        segments,
+        guidance,
+        cond,
+        rank=rank,
+        student_guidance=student_guidance,
+        seed=seed,
+    )
     if resume and output.exists():
         distiller.load(output)
     noise = family.noise([sample_seed(seed, 3, i) for i in range(len(held_out))])
@@ -437,7 +452,7 @@ def distill_command(
 
     def fidelity() -> list[Fidelity]:
         jumpers = [
-            Jumper("shortcut", distiller.averaged(), Guidance()),
+            Jumper("shortcut", distiller.averaged(), student_guidance),
             Jumper("plain DDIM jump", family.denoiser, Guidance()),
             Jumper("guided DDIM jump", family.denoiser, guidance),
         ]
@@ -465,6 +480,7 @@ def distill_command(
         "num_steps": num_steps,
         "segments": segments,
         "guidance_scale": guidance.scale,
+        "shortcut_guidance_scale": student_guidance.scale,
         "trajectories": trajectories,
         "seed": seed,
         "held_out": [vars(f) for f in fidelity()],

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from shortft.adapter import AdapterInfo, copy_state, save_adapter
-from shortft.assets import prompts_for, shortcut_for
+from shortft.assets import own_guidance, prompts_for, shortcut_for
 from shortft.checkpoint import Checkpoint, load_latest, save_checkpoint
 from shortft.config import Config, to_yaml
 from shortft.drawing.progress import TrainProgress
@@ -84,7 +84,9 @@ class Trainer:
         self.nets = ModelNetworks(
             self.family,
             guidance=Guidance(self.guidance_scale, config.guidance_grad),
-            shortcut_guidance=Guidance(config.shortcut_guidance_scale or 1.0, config.guidance_grad),
+            shortcut_guidance=Guidance(
+                config.shortcut_guidance_scale or own_guidance(shortcut), config.guidance_grad
+            ),
             loras=config.segments if config.timestep_lora else 1,
             rank=config.rank,
             seed=config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -41,6 +42,28 @@ def shortcut_for(model: str, shortcut: str) -> Path | None:
     if not path.is_file():
         raise UserError(f"--shortcut {shortcut}: no such file; make one by `shortft shortcut`")
     return path
+
+
+def own_guidance(shortcut: Path | None) -> float:
+    """The guidance that a shortcut was made to run with, from the JSON file beside it.
+
+    1 (unguided, as released few-step LoRAs run) where there is no such file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    card = shortcut.with_suffix(".json") if shortcut else None
+    if card is None or not card.is_file():
+        return 1.0
+    try:
+        return float(json.loads(card.read_text(encoding="utf-8"))["shortcut_guidance_scale"])
+    except KeyError:
+        return 1.0
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{card}: damaged ({error}); restore it, or remove it and give "
+            "--shortcut-guidance-scale"
+        ) from error
 
 
 def prompts_for(model: str, kind: str) -> list[str]:
