@@ -13,7 +13,7 @@ from shortft.adapter import AdapterInfo, load_into, read_info, save_adapter
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import ModelNetworks
-from shortft.plans import base_plan, inference_plan
+from shortft.plans import Placement, base_plan, inference_plan
 from shortft.sampling import generate
 from tiny import randomise_loras, tiny_family, tiny_pipeline
 
@@ -21,20 +21,20 @@ PROMPTS = ["red apple", "panda face"]
 SEEDS = [3, 4]
 
 
-def make_adapter(directory: Path, *, timestep_lora: bool = True) -> ModelNetworks:
+def make_adapter(directory: Path, *, placement: Placement = "stacked") -> ModelNetworks:
     family = tiny_family()
-    loras = 4 if timestep_lora else 1
+    loras = 4 if placement == "stacked" else 1
     nets = ModelNetworks(family, guidance=Guidance(3.0), loras=loras, rank=2)
     randomise_loras(nets, 0.3)
     schedule = family.schedule(10)
-    plan = inference_plan(schedule, 4, timestep_lora=timestep_lora)
+    plan = inference_plan(schedule, 4, placement)
     active = [s for s in plan.steps if s.adapters]
     info = AdapterInfo(
         base_model="tiny",
         loras=loras,
         rank=2,
         segments=4,
-        timestep_lora=timestep_lora,
+        placement=placement,
         num_steps=10,
         timesteps=[int(schedule.timesteps[s.start]) for s in active],
         stacked=[s.adapters for s in active],
@@ -45,11 +45,9 @@ def make_adapter(directory: Path, *, timestep_lora: bool = True) -> ModelNetwork
     return nets
 
 
-def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, timestep_lora: bool = True):
+def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, placement: Placement = "stacked"):
     schedule = nets.family.schedule(steps)
-    plan = (
-        inference_plan(schedule, 4, timestep_lora=timestep_lora) if tuned else base_plan(schedule)
-    )
+    plan = inference_plan(schedule, 4, placement) if tuned else base_plan(schedule)
     cond = nets.family.encode(PROMPTS)
     return generate(nets.family, nets, plan, schedule, cond, SEEDS)
 
@@ -66,18 +64,16 @@ def theirs(pipe, steps: int) -> torch.Tensor:
     return images
 
 
-@pytest.mark.parametrize("timestep_lora", [True, False])
+@pytest.mark.parametrize("placement", ["stacked", "shared", "everywhere"])
 @pytest.mark.parametrize("steps", [10, 17])
-def test_pipeline_equals_our_chain(tmp_path: Path, timestep_lora: bool, steps: int):
-    nets = make_adapter(tmp_path, timestep_lora=timestep_lora)
+def test_pipeline_equals_our_chain(tmp_path: Path, placement: Placement, steps: int):
+    nets = make_adapter(tmp_path, placement=placement)
     pipe = tiny_pipeline()
     expected_base = theirs(pipe, steps)
     torch.testing.assert_close(ours(nets, steps, tuned=False), expected_base, atol=1e-5, rtol=0)
     load_adapter(pipe, tmp_path)
     tuned = theirs(pipe, steps)
-    torch.testing.assert_close(
-        ours(nets, steps, timestep_lora=timestep_lora), tuned, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(ours(nets, steps, placement=placement), tuned, atol=1e-5, rtol=0)
     assert (tuned - expected_base).abs().max() > 1e-2
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from shortft.chain import Networks, run_chain, scale_grad
 from shortft.families.base import Conditioning, Guidance
 from shortft.families.sd import StableDiffusion
+from shortft.methods.shortft import shortft_plan
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters, lora_state, view
-from shortft.plans import Plan, Step, base_plan, inference_plan, shortft_plan
+from shortft.plans import Plan, Step, base_plan, inference_plan
 from shortft.schedule import segments
 from tiny import randomise_loras, tiny_family, to_float64
 

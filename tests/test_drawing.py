@@ -19,7 +19,8 @@ from shortft.drawing import curves, grids, plan_picture
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress, clock_text, memory_text, summary_table
 from shortft.drawing.text import load_font, wrap
-from shortft.plans import Plan, Step, shortft_plan
+from shortft.methods.shortft import shortft_plan
+from shortft.plans import Plan, Step
 from shortft.schedule import alphas_cumprod, ddim_schedule, segments
 
 

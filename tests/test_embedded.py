@@ -17,7 +17,8 @@ from shortft.families.base import Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
 from shortft.sampling import generate
-from shortft.train import Trainer, train
+from shortft.train import train
+from shortft.trainer import Trainer
 
 
 def test_assets_stay_small():

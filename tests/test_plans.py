@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shortft.plans import Plan, Step, adapters_at, base_plan, inference_plan, shortft_plan
+from shortft.methods.shortft import shortft_plan
+from shortft.plans import Plan, Step, adapters_at, base_plan, inference_plan
 from shortft.schedule import alphas_cumprod, ddim_schedule, flow_schedule, segments
 
 SD15 = ddim_schedule(alphas_cumprod(), 50)
@@ -67,7 +68,7 @@ def test_any_number_of_segments_and_steps(schedule, k):
 def test_one_shared_lora_acts_at_the_same_places():
     own, shared = (
         adapters_at(segments(SD15, 4)),
-        adapters_at(segments(SD15, 4), timestep_lora=False),
+        adapters_at(segments(SD15, 4), "shared"),
     )
     assert [bool(n) for n in own] == [bool(n) for n in shared]
     assert set(shared) == {0, 1}

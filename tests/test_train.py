@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from shortft.config import Config
 from shortft.errors import UserError
-from shortft.train import MAX_SKIPPED, Trainer, stage_bounds, train
+from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
+from shortft.train import train
+from shortft.trainer import MAX_SKIPPED, Trainer, stage_bounds
 from test_chain import make_shortcut
 from tiny import save_tiny, tiny_family
 
@@ -87,7 +89,8 @@ def test_resume_equals_the_uninterrupted_run(settings, tmp_path: Path):
     parts = Config(**{**settings, "output_dir": tmp_path / "parts"})
     interrupted = Trainer(parts)
     from shortft.drawing.progress import TrainProgress
-    from shortft.train import MetricsLog, run_updates
+    from shortft.metrics_log import MetricsLog
+    from shortft.train import run_updates
 
     parts.output_dir.mkdir()
     log = MetricsLog(parts.output_dir / "metrics.jsonl", 0, enabled=True)
@@ -214,7 +217,7 @@ def test_bf16_trains(settings):
 
 def test_stage_shares_decide_when_stages_end(settings):
     config = Config(**{**settings, "stage_shares": (0.5, 0.25, 0.25, 0.0)})
-    assert stage_bounds(config) == [0.5, 0.75, 1.0, 1.0]
+    assert stage_bounds(config.stage_shares, 4) == [0.5, 0.75, 1.0, 1.0]
     train(config)
     assert [row["stage"] for row in rows(config.output_dir)] == [1] * 4 + [2] * 2 + [3] * 2
 
@@ -240,3 +243,64 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(settings):
         train(config.model_copy(update={"rank": 3}), resume=True)
     with pytest.raises(UserError, match="no usable checkpoint"):
         train(config.model_copy(update={"output_dir": config.output_dir / "no"}), resume=True)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "shortft"])
+def test_every_method_trains_one_lora_that_acts_everywhere(settings, method: str):
+    config = Config(**{**settings, "method": method, "updates": 2, "sample_every": 0})
+    trainer = Trainer(config)
+    start = {name: p.detach().clone() for name, p in trainer.nets.parameters_of(1).items()}
+    base = [p.detach().clone() for p in trainer.family.denoiser.parameters()]
+    for _ in range(2):
+        stage, outcome = trainer.update()
+        assert stage == 1
+        assert not outcome.skipped
+        assert outcome.grad_norm > 0
+    moved = trainer.nets.parameters_of(1)
+    assert any(not torch.equal(moved[name], value) for name, value in start.items())
+    now = trainer.family.denoiser.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(base, now, strict=True))
+    info = json.loads((trainer.save_adapter() / "adapter.json").read_text())
+    assert (info["loras"], info["placement"]) == (1, "everywhere")
+    assert len(info["timesteps"]) == 8
+    # Random plans are functions of (seed, update): the same for a second process or a resume.
+    assert trainer.plan(3, 1) == Trainer(config).plan(3, 1)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_variant_trains(settings, variant: str):
+    change = variant_settings(variant, 4)
+    if "k" in (change.get("method_options") or {}):
+        assert variant == "draft_5"
+    config = Config(**{**settings, **change, "updates": 1, "sample_every": 0})
+    outcome = Trainer(config).update()[1]
+    assert outcome.grad_norm > 0
+    assert not outcome.skipped
+
+
+def test_options_that_do_not_fit_the_chain_are_told_before_the_run(settings):
+    config = Config(**{**settings, "method": "draft_k", "method_options": {"k": 9}})
+    with pytest.raises(UserError, match="--method draft_k, --num-steps 8: k = 9"):
+        Trainer(config)
+
+
+def test_recomputation_and_accumulation_hold_for_re_noised_copies(settings, tmp_path: Path):
+    found = []
+    for change in ({}, {"recompute": True}, {"accumulation": 2}):
+        out = {"output_dir": tmp_path / str(len(found)), "method": "draft_lv", "updates": 2}
+        train(Config(**{**settings, **out, **change, "sample_every": 0}))
+        found.append(weights(tmp_path / str(len(found)) / "adapter"))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_at_equal_parts_of_the_budget_from_other_prompts(settings, tmp_path: Path):
+    shown = tmp_path / "shown.txt"
+    shown.write_text("guitar\n")
+    looks = {"sample_every": 0, "sample_times": 2, "sample_from": shown, "sample_prompts": 1}
+    config = Config(**{**settings, **looks})
+    train(config)
+    log = [json.loads(row) for row in (config.output_dir / "metrics.jsonl").open()]
+    seen = [(r["update"], r["at_seconds"] > 0) for r in log if "eval_reward" in r]
+    assert seen == [(0, False), (4, True), (8, True)]

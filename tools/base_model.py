@@ -158,7 +158,7 @@ def load_bundle(bundle: Bundle, path: Path) -> None:
 
 
 def load_pipeline(bundle: Bundle, folder: Path, log: Path) -> None:
-    """Start from an exported pipeline with a new optimizer, at the counters of the log's last row."""
+    """Start from an exported pipeline with a new optimizer; counters from the log's last row."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     for networks in (bundle.networks, bundle.ema):
         networks["unet"].load_state_dict(pipe.unet.state_dict())

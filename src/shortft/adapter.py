@@ -18,7 +18,7 @@ from torch import nn
 
 from shortft.errors import UserError
 from shortft.networks import activate, lora_name
-from shortft.plans import adapters_at
+from shortft.plans import Placement, adapters_at
 from shortft.quiet import quiet
 from shortft.schedule import cut
 
@@ -37,7 +37,7 @@ class AdapterInfo:
         loras: how many LoRA files there are.
         rank: their rank; alpha equals it.
         segments: parts of the training timesteps.
-        timestep_lora: LoRAs 1…i at the end of segment i, or LoRA 1 at all those places.
+        placement: where the LoRAs act, see `plans.adapters_at`.
         num_steps: length of the chain in training.
         timesteps: that chain's timesteps at which LoRAs act.
         stacked: how many act at each of them.
@@ -49,7 +49,7 @@ class AdapterInfo:
     loras: int
     rank: int
     segments: int
-    timestep_lora: bool
+    placement: Placement
     num_steps: int
     timesteps: list[int]
     stacked: list[int]
@@ -136,7 +136,7 @@ class TimestepRouter:
         times = tuple(dict.fromkeys(round(float(t)) for t in scheduler.timesteps))
         if times not in self._routes:
             parts = cut(times, info.segments, scheduler.config.num_train_timesteps)
-            counts = adapters_at(parts, timestep_lora=info.timestep_lora)
+            counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]
 

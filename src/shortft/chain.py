@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shortft.plans import Plan, Step
-from shortft.schedule import Schedule, jump, x0_at
+from shortft.schedule import Schedule, jump, jump_to_x0, x0_at
 
 
 class Networks(Protocol):
@@ -29,7 +29,9 @@ def run_chain(
     *,
     recompute: bool = False,
     rollout: Tensor | None = None,
+    fresh_noise: Callable[[int], Tensor] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
+    observe_leap: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Carry latents along a plan.
 
@@ -39,42 +41,72 @@ def run_chain(
         recompute: run every call that carries gradient once more in the backward pass instead
             of keeping its activations; memory is then flat in the number of such calls.
         rollout: (N + 1, B, …) cached states by schedule point, for plans with pinned steps.
+        fresh_noise: noise (B, …) of copy 0, 1, …, for plans that re-noise the chain's end.
         observe: called with each point and the latents that reach it, point 0 included.
+        observe_leap: called with (B,) the mean distance by which each pinned call misses.
 
     Returns:
-        (B, …) where the plan's reward looks: the end of the chain, or the last x0 prediction.
+        (B, …) where the plan's reward looks: the end of the chain, or the last x0 prediction;
+        ((1 + renoise)·B, …) with re-noised copies, copy by copy.
 
     Raises:
-        ValueError: if the plan pins a step and no rollout is given.
+        ValueError: if the plan pins a step and no rollout is given, or re-noises without noise.
     """
     if plan.needs_rollout and rollout is None:
         raise ValueError("this plan pins steps to a cached rollout; pass rollout=")
+    if plan.renoise and fresh_noise is None:
+        raise ValueError("this plan re-noises the chain's end; pass fresh_noise=")
 
+    def call(x: Tensor, step: Step) -> Tensor:
+        return nets.predict(step, x, float(schedule.timesteps[step.start]), cond)
+
+    def predict(x: Tensor, step: Step, builds_graph: bool) -> Tensor:
+        seen = scale_grad(x, step.input_grad)
+        if step.net == "cached":
+            return torch.zeros_like(x)  # its value is not used, and the jump is affine in it
+        if not builds_graph:
+            with torch.no_grad():
+                return call(seen, step)
+        if recompute:
+            kept: Tensor = checkpoint(
+                call, seen, step, use_reentrant=False, preserve_rng_state=False
+            )
+            return scale_grad(kept, step.gain)
+        return scale_grad(call(seen, step), step.gain)
+
+    previous = latents, latents, 0  # of the call before: its input, its prediction, its point
     if observe:
         observe(0, latents)
     for step, builds_graph in zip(plan.steps, plan.grad_mask, strict=True):
-        timestep = float(schedule.timesteps[step.start])
-
-        def call(x: Tensor, step: Step = step, timestep: float = timestep) -> Tensor:
-            return nets.predict(step, x, timestep, cond)
-
-        seen = scale_grad(latents, step.input_grad)
-        if not builds_graph:
-            with torch.no_grad():
-                prediction = call(seen)
-        elif recompute:
-            prediction = checkpoint(call, seen, use_reentrant=False, preserve_rng_state=False)
-        else:
-            prediction = call(seen)
-
+        prediction = predict(latents, step, builds_graph)
         if step is plan.steps[-1] and plan.reward_at == "x0":
             return x0_at(schedule, latents, prediction, step.start)
-        latents = jump(schedule, latents, prediction, step.start, step.stop)
+        if step.extrapolate:
+            x0 = x0_at(schedule, latents, prediction, step.start)
+            before = x0_at(schedule, *previous)
+            better = x0 + step.extrapolate * (x0 - before)
+            previous = latents, prediction, step.start
+            latents = jump_to_x0(schedule, latents, better, step.start, step.stop)
+        else:
+            previous = latents, prediction, step.start
+            latents = jump(schedule, latents, prediction, step.start, step.stop)
         if step.pin and rollout is not None:
+            if observe_leap and step.net != "cached":
+                missed = (latents - rollout[step.stop]).detach().abs()
+                observe_leap(missed.flatten(1).mean(1))
             latents = rollout[step.stop] + (latents - latents.detach())
         if observe:
             observe(step.stop, latents)
-    return latents
+
+    ends = [latents]
+    for copy in range(plan.renoise):
+        assert fresh_noise is not None
+        last = plan.steps[-1]
+        alpha, sigma = float(schedule.alpha[last.start]), float(schedule.sigma[last.start])
+        noisy = alpha * latents.detach() + sigma * fresh_noise(copy)
+        prediction = predict(noisy, last, plan.grad_mask[-1])
+        ends.append(jump(schedule, noisy, prediction, last.start, last.stop))
+    return torch.cat(ends) if len(ends) > 1 else latents
 
 
 def scale_grad(x: Tensor, factor: float) -> Tensor:

@@ -31,6 +31,7 @@ from shortft.inputs import (
     read_prompts,
     read_text,
 )
+from shortft.methods.catalog import METHODS, read_options
 from shortft.rewards.registry import REWARDS
 
 DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
@@ -47,8 +48,15 @@ class Config(BaseModel):
         description="Base model: 'emoji' (embedded in the package), a directory in diffusers' "
         "pipeline format, or a hub id such as owner/name.",
     )
-    method: Literal["shortft"] = Field(
-        "shortft", description="How the chain is shortened and where the gradient flows."
+    method: str = Field(
+        "shortft",
+        description=f"How the reward's gradient reaches the LoRAs: {', '.join(METHODS)}. See "
+        "docs/methods.md.",
+    )
+    method_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="The method's own settings, such as 'k=2' or 'jump=ddim,pin=true'; none given "
+        "= its paper's.",
     )
     reward: str = Field(
         "clip",
@@ -92,7 +100,7 @@ class Config(BaseModel):
     shortcut: str = Field(
         "auto",
         description="Few-step LoRA that jumps over a segment: 'auto' (the one shipped for the "
-        "model), 'none' (a plain DDIM jump of the base), or a file.",
+        "model), a file, 'none' (DDIM jumps of the base with its guidance) or 'plain' (unguided).",
     )
     shortcut_guidance_scale: float | None = Field(
         None,
@@ -111,7 +119,9 @@ class Config(BaseModel):
 
     # What is learned, and how
     timestep_lora: bool = Field(
-        True, description="One stacked LoRA per segment; off = one LoRA shared by all segments."
+        True,
+        description="One stacked LoRA per segment; off = one LoRA shared by all segments. Other "
+        "methods than shortft have one LoRA at every timestep.",
     )
     rank: int = Field(32, ge=1, description="Rank of each LoRA, at least 1.")
     learning_rate: float = Field(3e-4, gt=0, description="Learning rate of AdamW, above 0.")
@@ -142,12 +152,20 @@ class Config(BaseModel):
     stage_shares: tuple[float, ...] | None = Field(
         None,
         description="Share of the budget for each stage: one number per segment, adding up to 1, "
-        "such as 0.4,0.3,0.2,0.1; none = equal shares.",
+        "such as 0.4,0.3,0.2,0.1; none = equal shares. Methods without stages ignore it.",
     )
 
     # What is seen and kept on the way
     sample_every: int = Field(50, ge=0, description="Updates between sample grids; 0 = none.")
+    sample_times: int = Field(
+        0, ge=0, description="Sample grids at so many equal parts of the budget as well; 0 = none."
+    )
     sample_prompts: int = Field(8, ge=1, description="Pictures in a sample grid, at least 1.")
+    sample_from: Path | None = Field(
+        None,
+        description="UTF-8 text file of prompts for the sample grids, one a line; none = from the "
+        "training prompts.",
+    )
     checkpoint_every: int = Field(
         50, ge=0, description="Updates between checkpoints; 0 = only at the end."
     )
@@ -178,6 +196,15 @@ class Config(BaseModel):
     def _known_model(cls, value: str) -> str:
         return check_model_source("--model", value, EMBEDDED)
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            near = difflib.get_close_matches(value, METHODS, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)}"
+            raise UserError(f"--method {value}: unknown; {remedy}")
+        return value
+
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, value: str) -> str:
@@ -188,7 +215,7 @@ class Config(BaseModel):
     def _known_reward_model(cls, value: str | None) -> str | None:
         return None if value is None else check_model_source("--reward-model", value)
 
-    @field_validator("prompts")
+    @field_validator("prompts", "sample_from")
     @classmethod
     def _readable_prompts(cls, value: Path | None) -> Path | None:
         if value is not None:
@@ -226,6 +253,7 @@ class Config(BaseModel):
                 "choose one of its divisors",
             )
         self._check_stage_shares()
+        object.__setattr__(self, "method_options", read_options(self.method, self.method_options))
         return self
 
     def _check_stage_shares(self) -> None:
@@ -298,7 +326,18 @@ def _from_text(name: str, value: object) -> object:
         return None
     if name == "stage_shares" and isinstance(value, str):
         return value.split(",")
+    if name == "method_options" and isinstance(value, str):
+        return _pairs(value)
     return value
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """'k=2,alpha=0.3' as a mapping."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise UserError(f"--method-options {text}: write name=value, such as 'k=2,alpha=0.3'")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _bad_value(name: str, value: object, wrong: str, remedy: str) -> UserError:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shortft.assets import prompts_for
 from shortft.errors import UserError
 from shortft.families import load_family
-from shortft.families.base import Family
+from shortft.families.base import Family, Guidance
 from shortft.inputs import read_prompts
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
@@ -56,6 +56,7 @@ def evaluate(
     strength: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
+    before: Tensor | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Pictures]:
     """Measure an adapter.
@@ -63,22 +64,27 @@ def evaluate(
     Args:
         seeds: noises per prompt, at least 2 (diversity compares pictures of one prompt).
         seed: of the noise; noise j of prompt i is the same for base and tuned.
+        before: the base's pictures from `base_pictures`, where they were made already.
 
     Returns:
         The figures, each with 95 % bootstrap intervals over prompts, and the pictures.
     """
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
-    noises = [
-        sample_seed(seed, EVALUATION, i, j) for i in range(len(prompts)) for j in range(seeds)
-    ]
-    cond = family.encode(repeated)
     nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
-    base = ModelNetworks(family, guidance=nets.guidance)
-    progress("base")
-    before = generate(
-        family, base, base_plan(schedule), schedule, cond, noises, batch_size=batch_size
-    )
+    if before is None:
+        progress("base")
+        before = base_pictures(
+            family,
+            prompts,
+            seeds=seeds,
+            num_steps=schedule.num_steps,
+            guidance_scale=nets.guidance.scale,
+            batch_size=batch_size,
+            seed=seed,
+        )
     progress("tuned")
+    noises = _noise_seeds(seed, len(prompts), seeds)
+    cond = family.encode(repeated)
     after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
     scored = [_in_batches(reward, images, repeated, family) for images in (before, after)]
@@ -113,6 +119,29 @@ def evaluate(
         }
     figures["warnings"] = collapse_warnings(before, after)
     return figures, Pictures(repeated, before, after, scored[0], scored[1])
+
+
+def base_pictures(
+    family: Family,
+    prompts: list[str],
+    *,
+    seeds: int,
+    num_steps: int,
+    guidance_scale: float | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Tensor:
+    """(P·S, 3, H, W) pictures of the base model, as `evaluate` makes them."""
+    scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
+    nets, schedule = ModelNetworks(family, guidance=Guidance(scale)), family.schedule(num_steps)
+    cond = family.encode([prompt for prompt in prompts for _ in range(seeds)])
+    noises = _noise_seeds(seed, len(prompts), seeds)
+    plan = base_plan(schedule)
+    return generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
+
+
+def _noise_seeds(seed: int, prompts: int, noises: int) -> list[int]:
+    return [sample_seed(seed, EVALUATION, i, j) for i in range(prompts) for j in range(noises)]
 
 
 @torch.no_grad()

@@ -70,11 +70,12 @@ def check_reward(spec: str) -> str:
 
 
 def check_shortcut(option: str, value: str) -> str:
-    """Return `value` if it is ``auto``, ``none`` or an existing file."""
-    if value in ("auto", "none") or Path(value).is_file():
+    """Return `value` if it is ``auto``, ``none``, ``plain`` or an existing file."""
+    if value in ("auto", "none", "plain") or Path(value).is_file():
         return value
     raise UserError(
-        f"{option} {value or repr(value)}: no such file; give 'auto', 'none' or a LoRA's file"
+        f"{option} {value or repr(value)}: no such file; give 'auto', 'none', 'plain' or a LoRA's "
+        "file"
     )
 
 

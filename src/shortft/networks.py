@@ -171,6 +171,7 @@ class ModelNetworks:
         rank: their rank.
         seed: of their initial values.
         shortcut: few-step LoRA file, or None if no plan runs the shortcut.
+        plain_jumps: let the base itself, unguided, stand in for a shortcut.
         merge_shortcut: fold the shortcut into a copy of the layers it touches: faster, more
             memory.
     """
@@ -186,13 +187,14 @@ class ModelNetworks:
         seed: int = 0,
         shortcut: Path | None = None,
         merge_shortcut: bool = False,
+        plain_jumps: bool = False,
     ) -> None:
         self.family = family
         self.guidance = guidance
         self.shortcut_guidance = shortcut_guidance or Guidance()
         self.base = family.denoiser
         self.loras = loras
-        self._shortcut: nn.Module | None = None
+        self._shortcut: nn.Module | None = self.base if plain_jumps else None
         if shortcut is not None:
             self._shortcut = view(self.base)
             family.load_lora(self._shortcut, shortcut, SHORTCUT)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from shortft.config import Config
 from shortft.families.base import Conditioning
+from shortft.methods import METHODS
 from shortft.plans import Plan, Step
 from shortft.schedule import segments
-from shortft.train import Trainer
+from shortft.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Cost:
         decode: seconds of decoding and scoring with gradient.
         call_bytes: activations that a call with gradient keeps.
         decode_bytes: activations that decoding and scoring keep.
+        steps: calls of a whole rollout.
     """
 
     forward: float
@@ -34,11 +36,14 @@ class Cost:
     decode: float
     call_bytes: int
     decode_bytes: int
+    steps: int
 
     def seconds(self, plan: Plan, *, recompute: bool) -> float:
         """Of one micro-batch."""
         again = self.forward * plan.grad_calls if recompute else 0.0
         without = self.forward * (plan.calls - plan.grad_calls)
+        if plan.needs_rollout:
+            without += self.forward * self.steps
         return without + self.gradient * plan.grad_calls + again + self.decode
 
     def activation_bytes(self, plan: Plan, *, recompute: bool) -> int:
@@ -77,7 +82,9 @@ def measure_cost(trainer: Trainer) -> Cost:
         _wait(trainer)
         costs.append((time.monotonic() - began, kept.total))
     trainer.optimizer.zero_grad(set_to_none=True)
-    return Cost(costs[0][0], costs[1][0], costs[2][0], costs[1][1], costs[2][1])
+    (forward_s, _), (gradient_s, call_bytes), (decode_s, decode_bytes) = costs
+    steps = trainer.schedule.num_steps
+    return Cost(forward_s, gradient_s, decode_s, call_bytes, decode_bytes, steps)
 
 
 def _predict(trainer: Trainer, step: Step, x: Tensor, cond: Conditioning) -> Tensor:
@@ -123,15 +130,19 @@ def show_plan(config: Config, png: Path | None = None) -> None:
         trainer = Trainer(config.model_copy(update={"tensorboard": False}))
         cost = measure_cost(trainer)
     times = trainer.schedule.timesteps.tolist()
-    parts = segments(trainer.schedule, config.segments)
+    by_segment = METHODS[config.method].by_segment
+    parts = segments(trainer.schedule, config.segments) if by_segment else ()
     splits = config.accumulation
     stages, notes = [], []
-    for number, plan in enumerate(trainer.plans, start=1):
+    for number in range(1, trainer.stages + 1):
+        plan = trainer.plan(0, number)
         seconds = cost.seconds(plan, recompute=config.recompute) * splits
         held = cost.activation_bytes(plan, recompute=config.recompute)
         note = f"≈ {seconds:.2g} s per update, {memory_text(held)} of activations"
-        name = f"stage {number}"
-        last = number == len(trainer.plans)
+        name = f"stage {number}" if by_segment else f"{config.method}, update 0"
+        if plan.needs_rollout:
+            note += f"; a rollout of {trainer.schedule.num_steps} calls before it is counted in"
+        last = number == trainer.stages
         console.print(plan_text(plan, times, parts, name, legend=last))
         console.print(f"{note}\n", style="dim", highlight=False)
         stages.append((name, plan))

@@ -72,7 +72,7 @@ def load_tuned(
     load_into(nets, adapter)
     nets.train_only([])
     nets.set_strength(strength)
-    plan = inference_plan(schedule, info.segments, timestep_lora=info.timestep_lora)
+    plan = inference_plan(schedule, info.segments, info.placement)
     return nets, schedule, plan
 
 

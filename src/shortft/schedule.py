@@ -202,6 +202,13 @@ def jump(schedule: Schedule, latents: Tensor, prediction: Tensor, i: int, j: int
     return float(schedule.alpha[j]) * x0 + float(schedule.sigma[j]) * eps
 
 
+def jump_to_x0(schedule: Schedule, latents: Tensor, x0: Tensor, i: int, j: int) -> Tensor:
+    """`jump` towards given clean latents, with the noise that they leave over."""
+    alpha, sigma = float(schedule.alpha[i]), float(schedule.sigma[i])
+    eps = (latents - alpha * x0) / sigma
+    return float(schedule.alpha[j]) * x0 + float(schedule.sigma[j]) * eps
+
+
 def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...], ...]:
     """Cut the chain into k parts of equal training time (ShortFT §3; Hyper-SD §3.1).
 

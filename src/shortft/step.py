@@ -14,9 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from shortft.chain import run_chain
 from shortft.families.base import Conditioning, Family
 from shortft.networks import ModelNetworks
-from shortft.plans import Plan, base_plan
+from shortft.plans import Plan
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
+from shortft.seeds import sample_seed
+
+COPY = 5  # place in the seed's name space
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     *,
+    inference: Plan,
     max_grad_norm: float,
     recompute: bool,
 ) -> Outcome:
     """Maximise the mean reward of this process's batches by one optimizer update.
+
+    Args:
+        inference: the policy's true chain, run first for plans that need its states.
 
     A gradient that is not finite changes nothing; `Outcome.skipped` says so.
     """
@@ -59,13 +66,26 @@ def train_step(
     for batch in batches:
         cond = family.encode(batch.prompts)
         noise = family.noise(batch.seeds)
-        rollout = true_rollout(nets, noise, cond, schedule) if plan.needs_rollout else None
-        latents = run_chain(plan, nets, noise, cond, schedule, recompute=recompute, rollout=rollout)
+        rollout = None
+        if plan.needs_rollout:
+            rollout = states_of(inference, nets, noise, cond, schedule)
+        leaps: list[Tensor] = []
+        latents = run_chain(
+            plan,
+            nets,
+            noise,
+            cond,
+            schedule,
+            recompute=recompute,
+            rollout=rollout,
+            fresh_noise=functools.partial(noise_of_copy, family, batch.seeds),
+            observe_leap=leaps.append,
+        )
         decode = functools.partial(checkpoint, use_reentrant=False) if recompute else plainly
         images = decode(family.decode, latents)  # [0, 1], still differentiable
-        parts = reward.components(images, batch.prompts)  # each (B,), higher is better
-        scores = reward.combine(parts)
-        loss = -scores.mean() / len(batches)
+        parts = reward.components(images, batch.prompts * (1 + plan.renoise))  # each (B,)
+        scores = reward.combine(parts)  # higher is better
+        loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean() / len(batches)
         loss.backward()
         for name, part in {"reward": scores, **parts}.items():
             totals[name] = totals.get(name, 0) + part.detach().float().mean() / len(batches)
@@ -88,14 +108,14 @@ def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 
 
-def true_rollout(
-    nets: ModelNetworks, noise: Tensor, cond: Conditioning, schedule: Schedule
+def states_of(
+    inference: Plan, nets: ModelNetworks, noise: Tensor, cond: Conditioning, schedule: Schedule
 ) -> Tensor:
-    """(N + 1, B, …) states of the base's own chain, for plans that pin steps to them."""
+    """(N + 1, B, …) states of the policy's true chain, for plans that pin steps to them."""
     states: list[Tensor] = []
     with torch.no_grad():
         run_chain(
-            base_plan(schedule),
+            inference,
             nets,
             noise,
             cond,
@@ -103,6 +123,23 @@ def true_rollout(
             observe=lambda _, latents: states.append(latents),
         )
     return torch.stack(states)
+
+
+def noise_of_copy(family: Family, seeds: Sequence[int], copy: int) -> Tensor:
+    """(B, …) noise for a re-noised copy of samples with these seeds."""
+    return family.noise([sample_seed(seed, COPY, copy) for seed in seeds])
+
+
+def leap_weight(leaps: Sequence[Tensor], tau: float | None) -> Tensor | float:
+    """(B,) weights of samples by how closely their leaps hit (LeapAlign's trajectory similarity).
+
+    Args:
+        leaps: (B,) mean distances from the rollout, one per leap.
+        tau: their floor; None weighs all samples alike.
+    """
+    if tau is None:
+        return 1.0
+    return 1 / torch.stack([leap.clamp(min=tau) for leap in leaps]).sum(0)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -28,7 +28,7 @@ def shortcut_for(model: str, shortcut: str) -> Path | None:
     Raises:
         UserError: if there is none.
     """
-    if shortcut == "none":
+    if shortcut in ("none", "plain"):
         return None
     if shortcut != "auto":
         path = Path(shortcut)

@@ -117,6 +117,8 @@ def _lane(axis: Axes, plan: PlanLike, y: float, points: int) -> None:
             _arc(axis, step, y, width)
         if step.net == "base":
             axis.plot(step.start, y, marker="o", ms=3.2, color=GREY, zorder=3)
+        elif step.net == "cached":
+            axis.plot(step.start, y, marker="o", ms=3.2, color=GREY, mfc="white", zorder=3)
         elif step.net == "shortcut":
             axis.plot(step.start, y, marker="D", ms=5.5, color=BLUE, zorder=4)
         for number in range(1, step.adapters + 1):
@@ -179,8 +181,11 @@ def _legend(plans: Sequence[PlanLike]) -> list[Line2D | Patch]:
         handles.append(Line2D([], [], marker="o", ls="", ms=4, color=GREY, label="base"))
     if any(step.net == "shortcut" for step in steps):
         handles.append(Line2D([], [], marker="D", ms=5, lw=2, color=BLUE, label="shortcut jump"))
-    if any(step.pin for step in steps):
-        label = "jump with the base chain's values"
+    if any(step.net == "cached" for step in steps):
+        hollow = Line2D([], [], marker="o", ls="", ms=4, color=GREY, mfc="white", label="cached")
+        handles.append(hollow)
+    if any(step.pin for step in steps if step.net != "cached"):
+        label = "with the rollout's values"
         handles.append(Line2D([], [], ls=(0, (4, 2)), lw=2, color=BLUE, label=label))
     for number in range(1, min(adapters, len(LORA)) + 1):
         more = " and more" if number == len(LORA) < adapters else ""

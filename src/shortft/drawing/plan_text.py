@@ -19,7 +19,7 @@ from shortft.drawing.plan_like import (
     timestep_text,
 )
 
-BASE, JUMP, PINNED, RAIL, HEAD = "·", "S", "P", "─", "▶"
+BASE, JUMP, PINNED, CACHED, RAIL, HEAD = "·", "S", "P", "-", "─", "▶"
 TRAINS, FULL, PARTIAL = "▲", "═", "~"
 STYLE = {"base": "dim", "shortcut": "bold cyan", "policy": "magenta", "train": "bold magenta"}
 GRADIENT = "bold green"
@@ -56,17 +56,20 @@ def plan_text(
         carrying = sum(plan.grad_mask[i] for i in begun)
         when = f"{timestep_text(times[points[0]])} → {timestep_text(times[points[-1]])}"
         with_gradient = Text(str(carrying), style=GRADIENT if carrying else "dim")
-        table.add_row(label, when, chain, str(len(begun)), with_gradient)
+        calls = sum(steps[i].net != "cached" for i in begun)
+        table.add_row(label, when, chain, str(calls), with_gradient)
         if gradient.plain.strip():
             table.add_row("", "", gradient, "", "")
     head = Text.assemble((f"{title}: " if title else "", "bold"), calls_text(plan))
     parts: list[RenderableType] = [head, table]
     if plan.reward_at == "x0":
         parts.append(Text("the reward looks at the x0 prediction of the last call", style="dim"))
-    return Group(*parts, legend_text(any(s.pin for s in steps))) if legend else Group(*parts)
+    pinned = any(s.pin for s in steps if s.net == "shortcut")
+    cached = any(s.net == "cached" for s in steps)
+    return Group(*parts, legend_text(pinned, cached)) if legend else Group(*parts)
 
 
-def legend_text(pinned: bool = False) -> RenderableType:
+def legend_text(pinned: bool = False, cached: bool = False) -> RenderableType:
     """What the glyphs mean."""
     text = Text.assemble(
         (BASE, STYLE["base"]),
@@ -84,15 +87,18 @@ def legend_text(pinned: bool = False) -> RenderableType:
     )
     if pinned:
         text.append("\n").append(PINNED, STYLE["shortcut"])
-        text.append(" shortcut jump that keeps the base chain's values, for its gradient only")
+        text.append(" shortcut jump that keeps the rollout's values, for its gradient only")
+    if cached:
+        text.append("\n").append(CACHED, STYLE["base"])
+        text.append(" taken from the rollout, no call")
     return text
 
 
 def _glyph(step: StepLike) -> tuple[str, str]:
     if step.net == "shortcut":
         return PINNED if step.pin else JUMP, STYLE["shortcut"]
-    if step.net == "base":
-        return BASE, STYLE["base"]
+    if step.net in ("base", "cached"):
+        return BASE if step.net == "base" else CACHED, STYLE["base"]
     count = str(step.adapters) if step.adapters < 10 else "+"
     return count, STYLE["train" if step.trains else "policy"]
 

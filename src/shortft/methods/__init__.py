@@ -1,0 +1,59 @@
+"""Methods: functions of a schedule (and random numbers) that return a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from shortft.methods.catalog import METHODS, Method, Option, read_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from shortft.plans import Placement, Plan
+    from shortft.schedule import Schedule
+
+__all__ = ["METHODS", "Method", "Option", "make_plan", "placement_of", "read_options"]
+
+
+def placement_of(method: str, *, timestep_lora: bool = True) -> Placement:
+    """Where a method's LoRAs act at inference."""
+    if not METHODS[method].by_segment:
+        return "everywhere"
+    return "stacked" if timestep_lora else "shared"
+
+
+def make_plan(
+    method: str,
+    schedule: Schedule,
+    k: int,
+    stage: int,
+    draw: torch.Generator,
+    options: Mapping[str, Any],
+    *,
+    timestep_lora: bool = True,
+    shortcut: bool = True,
+) -> Plan:
+    """The plan of one update.
+
+    Args:
+        k: segments, for methods that work by segment; the others ignore it and the stage.
+        draw: source of the method's random choices.
+        options: all of the method's options, see `read_options`.
+        timestep_lora: one LoRA per segment, or one shared LoRA.
+        shortcut: whether there is a shortcut network.
+
+    Raises:
+        ValueError: if the options do not fit the schedule.
+    """
+    from shortft.methods import suffix, surrogate
+    from shortft.methods.shortft import shortft_plan
+
+    if METHODS[method].by_segment:
+        values = dict(options)
+        if values["jump"] == "auto":
+            values["jump"] = "shortcut" if shortcut else "ddim"
+        return shortft_plan(schedule, k, stage, timestep_lora=timestep_lora, **values)
+    make = getattr(suffix, method, None) or getattr(surrogate, method)
+    plan: Plan = make(schedule, draw, **options)
+    return plan

@@ -1,0 +1,229 @@
+"""Every method with its source, its hyper-parameters and their defaults: the one place for them.
+
+Light to import: the command line reads it before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shortft.errors import UserError
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Option:
+    """A hyper-parameter of a method.
+
+    Attributes:
+        default: its value where the user gives none; its type is the option's type.
+        about: what it does, its range, and where the default comes from.
+        low, high: bounds of numbers, both allowed.
+        choices: the allowed texts.
+    """
+
+    default: Value
+    about: str
+    low: float = 0.0
+    high: float = float("inf")
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of backpropagating a reward through a sampling chain.
+
+    Attributes:
+        about: one line.
+        source: the paper or code that defines it.
+        options: its hyper-parameters.
+        by_segment: LoRAs sit at ShortFT's timesteps and training goes in stages; otherwise one
+            LoRA acts at every timestep, as in ordinary fine-tuning.
+    """
+
+    about: str
+    source: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    by_segment: bool = False
+
+
+SHORTFT = "Guo et al., ICCV 2025, arXiv 2507.22604"
+DRAFT = "Clark et al., ICLR 2024, arXiv 2309.17400"
+FLOWBP = "Wang et al. 2026, arXiv 2606.11075"
+LATE_BIAS = Option(
+    2.0, f"active steps are drawn with weights (step + 1)^late_bias ({FLOWBP}: the code's 2)"
+)
+
+METHODS: dict[str, Method] = {
+    "shortft": Method(
+        "jumps over segments by a shortcut; complete gradient through 2k-1 calls; stages",
+        SHORTFT,
+        {
+            "jump": Option(
+                "auto",
+                "how a segment is jumped over: the shortcut LoRA, or without training one or two "
+                "DDIM steps of the base, or two of DPM-Solver++(2M); auto = the shortcut if one "
+                "is given, else ddim",
+                choices=("auto", "shortcut", "ddim", "ddim_2", "dpm_2"),
+            ),
+            "pin": Option(
+                False, "jumps keep the true chain's values and give their gradient only (ours)"
+            ),
+            "first_by_shortcut": Option(
+                False, "stage 1 jumps over segment 1 too, so that the chain has 2k calls (ours)"
+            ),
+        },
+        by_segment=True,
+    ),
+    "draft_k": Method(
+        "gradient through the last K steps",
+        f"DRaFT-K, {DRAFT} §4.1",
+        {"k": Option(1, "steps with gradient; the paper's default is 1", low=1)},
+    ),
+    "draft_lv": Method(
+        "gradient through the last step, repeated on re-noised copies of its result",
+        f"DRaFT-LV, {DRAFT} §4.2",
+        {"copies": Option(2, "re-noised copies; 2 in the paper", low=1)},
+    ),
+    "alignprop": Method(
+        "gradient through a random suffix of the chain, one draw per update",
+        "AlignProp, Prabhudesai et al. 2023, arXiv 2310.03739",
+        {
+            "shortest": Option(
+                0.1, "shortest suffix, share of the chain; the authors' code: steps 45 of 50", 0, 1
+            ),
+            "longest": Option(
+                0.3, "longest suffix, share of the chain; the authors' code: steps 35 of 50", 0, 1
+            ),
+        },
+    ),
+    "drtune": Method(
+        "inputs detached; a few equally spaced steps train; stops early at a random late step",
+        "DRTune, Wu et al., ECCV 2024, arXiv 2405.00760",
+        {
+            "train_steps": Option(3, f"steps that train; 3 in {FLOWBP}", low=1),
+            "early_stop": Option(
+                0.4, f"the stop is drawn from this last share of the chain; {FLOWBP}", 0, 1
+            ),
+        },
+    ),
+    "refl": Method(
+        "gradient through one late step, whose x0 prediction the reward sees",
+        "ReFL, Xu et al., NeurIPS 2023, arXiv 2304.05977",
+        {"last": Option(0.25, "the step is drawn from this last share: 10 of 40 steps", 0, 1)},
+    ),
+    "leapalign": Method(
+        "two leaps to the end, pinned to a cached rollout, one nested path",
+        "LeapAlign, Liang et al., CVPR 2026, arXiv 2604.15311",
+        {
+            "alpha": Option(0.3, f"strength of the nested path; {FLOWBP}'s configuration", 0, 1),
+            "tau": Option(0.1, "floor of a leap's miss in the sample weight; 0.1", low=1e-6),
+        },
+    ),
+    "flowbp_sparse": Method(
+        "a cached rollout, few steps run again, inputs detached",
+        f"FlowBP-Sparse, {FLOWBP}",
+        {"active": Option(3, "steps that are run again; 3", low=1), "late_bias": LATE_BIAS},
+    ),
+    "flowbp_bridge": Method(
+        "as sparse, with one nested path through a random middle point",
+        f"FlowBP-Bridge, {FLOWBP}",
+        {
+            "active": Option(4, "steps that are run again; 4", low=2),
+            "alpha": Option(0.5, "strength of the nested path; 0.5", 0, 1),
+            "late_bias": LATE_BIAS,
+        },
+    ),
+    "flowbp_lagrange": Method(
+        "two leaps by Lagrange quadrature over several cached predictions",
+        f"FlowBP-Lagrange, {FLOWBP}",
+        {
+            "order": Option(3, "predictions in one quadrature; 3", low=1),
+            "active": Option(2, "of them run again with gradient, from the first on; 2", low=1),
+            "support_gain": Option(0.25, "gradient of those after the first; 0.25"),
+            "alpha": Option(0.1, "strength of the nested path; 0.1", 0, 1),
+        },
+    ),
+    "full": Method(
+        "gradient through every step; recompute is wise",
+        f"DRaFT, {DRAFT} §4: K = all steps",
+    ),
+}
+
+
+# Settings of a run that make a named competitor of a method: ablations and training-free jumps.
+VARIANTS: dict[str, dict[str, object]] = {
+    "shortft_shared_lora": {"timestep_lora": False},
+    "shortft_no_stages": {"stage_shares": "first"},
+    "shortft_pinned": {"method_options": {"pin": True}, "stage_shares": "first"},
+    "shortft_first_by_shortcut": {"method_options": {"first_by_shortcut": True}},
+    "shortft_plain_ddim": {"shortcut": "plain"},
+    "shortft_ddim": {"method_options": {"jump": "ddim"}},
+    "shortft_ddim_2": {"method_options": {"jump": "ddim_2"}},
+    "shortft_dpm_2": {"method_options": {"jump": "dpm_2"}},
+    "draft_5": {"method": "draft_k", "method_options": {"k": 5}},
+}
+
+
+def variant_settings(name: str, segments: int) -> dict[str, object]:
+    """The settings of a method or a named variant of one; "first" stands for stage 1 alone.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name in METHODS:
+        return {"method": name}
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, [*METHODS, *VARIANTS], n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "see docs/methods.md"
+        raise UserError(f"--methods {name}: unknown; {remedy}")
+    settings = {"method": "shortft", **VARIANTS[name]}
+    if settings.get("stage_shares") == "first":
+        settings["stage_shares"] = [1.0] + [0.0] * (segments - 1)
+    return settings
+
+
+def read_options(method: str, given: Mapping[str, object]) -> dict[str, Value]:
+    """All options of a method: its defaults, with the given values (text allowed) on top.
+
+    Raises:
+        UserError: for an unknown name or a value out of range.
+    """
+    known = METHODS[method].options
+    values: dict[str, Value] = {name: option.default for name, option in known.items()}
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
+            if not known:
+                remedy = "it has none"
+            raise UserError(f"--method-options {name}: unknown to {method}; {remedy}")
+        values[name] = _checked(name, known[name], value)
+    return values
+
+
+def _checked(name: str, option: Option, value: object) -> Value:
+    wrong = UserError(f"--method-options {name}={value}: wrong value; {option.about}")
+    text = str(value).strip().lower()
+    if option.choices:
+        if text not in option.choices:
+            raise UserError(
+                f"--method-options {name}={value}: choose one of {', '.join(option.choices)}"
+            )
+        return text
+    if isinstance(option.default, bool):
+        if text not in ("true", "false"):
+            raise wrong
+        return text == "true"
+    try:
+        number = int(text) if isinstance(option.default, int) else float(text)
+    except ValueError:
+        raise wrong from None
+    if not option.low <= number <= option.high:
+        raise UserError(
+            f"--method-options {name}={value}: must lie in [{option.low:g}, {option.high:g}]"
+        )
+    return number

@@ -1,0 +1,84 @@
+"""ShortFT: shortcuts over the segments, one LoRA per segment, training in stages."""
+
+from __future__ import annotations
+
+from shortft.plans import Placement, Plan, Step, adapters_at
+from shortft.schedule import Schedule, segments
+
+
+def shortft_plan(
+    schedule: Schedule,
+    k: int,
+    stage: int,
+    *,
+    timestep_lora: bool = True,
+    jump: str = "shortcut",
+    pin: bool = False,
+    first_by_shortcut: bool = False,
+) -> Plan:
+    """ShortFT's chain of one stage (arXiv 2507.22604 §3.2–3.4).
+
+    Segments 1…stage run the original chain, later segments one shortcut call and the LoRA step.
+    Gradient starts at the LoRA step of segment `stage` and is complete from there on:
+    2(k - stage) + 1 calls carry it.
+
+    Args:
+        k: number of segments.
+        stage: 1…k; stage k is exactly the chain of inference.
+        timestep_lora: one LoRA per segment, or one shared LoRA (number 1).
+        jump: "shortcut", or without training "ddim" (one step of the base), "ddim_2" (two) or
+            "dpm_2" (two steps of DPM-Solver++(2M)).
+        pin: everything before the gradient is taken from a rollout of the inference chain, and
+            jumps land on its values (straight-through).
+        first_by_shortcut: in stage 1 jump over segment 1 too.
+
+    Raises:
+        ValueError: for a stage outside 1…k.
+    """
+    if not 1 <= stage <= k:
+        raise ValueError(f"stage must lie in 1…{k}, got {stage}")
+    parts = segments(schedule, k)
+    placement: Placement = "stacked" if timestep_lora else "shared"
+    counts = adapters_at(parts, placement)
+    steps: list[Step] = []
+    for number, part in enumerate(parts, start=1):
+        *walk, last = part
+        if walk and (number > stage or (first_by_shortcut and stage == number == 1)):
+            steps += jump_steps(schedule, walk[0], last, jump, pin=pin)
+        elif pin:
+            steps += [Step(i, i + 1, "cached", pin=True) for i in walk]
+        else:
+            steps += [Step(i, i + 1, "policy" if counts[i] else "base", counts[i]) for i in walk]
+        if number < stage and pin:
+            steps.append(Step(last, last + 1, "cached", pin=True))
+        else:
+            trains = number >= stage
+            steps.append(Step(last, last + 1, "policy", counts[last], trains=trains))
+    trainable = tuple(range(stage, k + 1)) if timestep_lora else (1,)
+    return Plan(tuple(steps), trainable)
+
+
+def jump_steps(schedule: Schedule, start: int, stop: int, jump: str, *, pin: bool) -> list[Step]:
+    """The calls that carry the chain over a segment.
+
+    Two-step jumps meet half-way in log-SNR, at the nearest point of the schedule; a segment
+    without a point between its ends is jumped over at once.
+
+    Raises:
+        ValueError: for an unknown kind of jump.
+    """
+    if jump == "shortcut":
+        return [Step(start, stop, "shortcut", pin=pin)]
+    if jump not in ("ddim", "ddim_2", "dpm_2"):
+        raise ValueError(f"jump {jump!r} is unknown")
+    if jump == "ddim" or stop - start < 2:
+        return [Step(start, stop, "base", pin=pin)]
+    log_snr = (schedule.alpha / schedule.sigma).log()
+    half = (log_snr[start] + log_snr[stop]) / 2
+    middle = start + 1 + int((log_snr[start + 1 : stop] - half).abs().argmin())
+    ratio = (log_snr[middle] - log_snr[start]) / (log_snr[stop] - log_snr[middle])
+    second = float(1 / (2 * ratio)) if jump == "dpm_2" else 0.0
+    return [
+        Step(start, middle, "base"),
+        Step(middle, stop, "base", pin=pin, extrapolate=second),
+    ]

@@ -1,0 +1,79 @@
+"""Methods that run the true chain and let gradient into some of its last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from shortft.plans import Plan, Step
+from shortft.schedule import Schedule
+
+
+def chain(stop: int, trains: Collection[int], *, input_grad: float = 1.0, **plan: object) -> Plan:
+    """The policy's own chain up to point `stop`, with gradient to the LoRA at some steps."""
+    steps = tuple(
+        Step(i, i + 1, "policy", 1, trains=i in trains, input_grad=input_grad) for i in range(stop)
+    )
+    return Plan(steps, (1,), **plan)  # type: ignore[arg-type]
+
+
+def share_of(n: int, share: float) -> int:
+    """A share of n steps, at least one."""
+    return max(1, min(n, round(share * n)))
+
+
+def integer(draw: torch.Generator, low: int, high: int) -> int:
+    """Uniform on low…high, both included."""
+    return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+
+def full(schedule: Schedule, draw: torch.Generator) -> Plan:
+    """Gradient through every step."""
+    return draft_k(schedule, draw, k=schedule.num_steps)
+
+
+def draft_k(schedule: Schedule, draw: torch.Generator, *, k: int) -> Plan:
+    """DRaFT-K: gradient through the last K steps (arXiv 2309.17400 §4.1)."""
+    n = schedule.num_steps
+    if k > n:
+        raise ValueError(f"k = {k} steps with gradient, but the chain has {n}")
+    return chain(n, range(n - k, n))
+
+
+def draft_lv(schedule: Schedule, draw: torch.Generator, *, copies: int) -> Plan:
+    """DRaFT-LV: the last step, and again on re-noised copies of x0 (§4.2)."""
+    n = schedule.num_steps
+    return chain(n, (n - 1,), renoise=copies)
+
+
+def alignprop(
+    schedule: Schedule, draw: torch.Generator, *, shortest: float, longest: float
+) -> Plan:
+    """AlignProp: a suffix of random length, the same for the whole update (arXiv 2310.03739)."""
+    if shortest > longest:
+        raise ValueError(f"shortest = {shortest} lies above longest = {longest}")
+    n = schedule.num_steps
+    length = integer(draw, share_of(n, shortest), share_of(n, longest))
+    return chain(n, range(n - length, n))
+
+
+def refl(schedule: Schedule, draw: torch.Generator, *, last: float) -> Plan:
+    """ReFL: one late step with gradient, the reward on its x0 prediction (arXiv 2304.05977)."""
+    n = schedule.num_steps
+    at = integer(draw, n - share_of(n, last), n - 1)
+    return chain(at + 1, (at,), reward_at="x0")
+
+
+def drtune(
+    schedule: Schedule, draw: torch.Generator, *, train_steps: int, early_stop: float
+) -> Plan:
+    """DRTune: detached inputs, equally spaced steps train, early stop (arXiv 2405.00760)."""
+    n = schedule.num_steps
+    at = integer(draw, n - share_of(n, early_stop), n - 1)
+    length = at + 1
+    count = min(train_steps, length)
+    stride = length // count
+    first = integer(draw, 0, length - 1 - (count - 1) * stride)
+    trained = [first + i * stride for i in range(count)]
+    return chain(length, trained, input_grad=0.0, reward_at="x0")

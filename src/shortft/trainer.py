@@ -1,0 +1,320 @@
+"""One training run's state: networks, plans, optimizer and counters, and what is kept of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from shortft.adapter import AdapterInfo, copy_state, save_adapter
+from shortft.assets import own_guidance, prompts_for, shortcut_for
+from shortft.checkpoint import Checkpoint, save_checkpoint
+from shortft.config import Config, to_yaml
+from shortft.errors import UserError
+from shortft.families import load_family
+from shortft.families.base import Family, Guidance
+from shortft.inputs import read_prompts
+from shortft.methods import METHODS, make_plan, placement_of
+from shortft.networks import ModelNetworks
+from shortft.plans import Plan, inference_plan
+from shortft.rewards import held_out_scorer, make_reward
+from shortft.rewards.combine import WeightedSum
+from shortft.sampling import check_segments, generate
+from shortft.schedule import Schedule
+from shortft.seeds import generator, sample_seed
+from shortft.step import Batch, Outcome, train_step
+
+MAX_SKIPPED = 10
+NOISE, PROMPTS, PICTURES, PLAN = 1, 2, 3, 6  # places in the seed's name space
+
+
+@dataclass
+class Counters:
+    """Where a run stands: updates done, seconds of training, skipped in a row, stage."""
+
+    update: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    stage: int = 1
+
+
+class Trainer:
+    """Everything a run needs, set up from its configuration.
+
+    Raises:
+        UserError: before any slow work, for whatever in the configuration cannot be done.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.accelerator = Accelerator(
+            log_with="tensorboard" if config.tensorboard else None,
+            project_dir=str(config.output_dir),
+        )
+        share = config.accumulation * self.accelerator.num_processes
+        if config.batch_size % share:
+            raise UserError(
+                f"--batch-size {config.batch_size}: cannot be split over "
+                f"{self.accelerator.num_processes} processes × {config.accumulation} parts; use a "
+                f"multiple of {share}"
+            )
+        self.prompts = training_prompts(config)
+        shown = config.sample_from
+        self.sample_prompts = read_prompts(shown) if shown else self.prompts
+        by_segment = METHODS[config.method].by_segment
+        shortcut = shortcut_for(config.model, config.shortcut) if by_segment else None
+        digest = hashlib.sha256("\n".join(self.prompts).encode())
+        digest.update(shortcut.read_bytes() if shortcut else b"")
+        self.inputs = digest.hexdigest()  # of what the configuration names by path only
+        device = str(self.accelerator.device)
+        self.family: Family = load_family(config.model, precision=config.precision, device=device)
+        self.schedule: Schedule = self.family.schedule(config.num_steps)
+        check_segments(self.schedule, config.segments)
+        self.placement = placement_of(config.method, timestep_lora=config.timestep_lora)
+        self.inference = inference_plan(self.schedule, config.segments, self.placement)
+        self.stages = config.segments if by_segment else 1
+        for stage in range(1, self.stages + 1):
+            if not self.plan(0, stage).grad_calls:
+                raise UserError(f"--method {config.method}: no step of its plan carries gradient")
+        scale = config.guidance_scale
+        self.guidance_scale = self.family.default_guidance_scale if scale is None else scale
+        self.nets = ModelNetworks(
+            self.family,
+            guidance=Guidance(self.guidance_scale, config.guidance_grad),
+            shortcut_guidance=Guidance(
+                config.shortcut_guidance_scale or own_guidance(shortcut), config.guidance_grad
+            ),
+            loras=config.segments if self.placement == "stacked" else 1,
+            rank=config.rank,
+            seed=config.seed,
+            shortcut=shortcut,
+            merge_shortcut=config.merge_shortcut,
+            plain_jumps=config.shortcut == "plain",
+        )
+        self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
+        self.held_out = held_out_scorer(config.model, device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.nets.parameters_of(number).values())}
+                for number in range(1, self.nets.loras + 1)
+            ],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.999),
+        )
+        self.counters = Counters()
+        self.between_updates = True
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that one process runs at once."""
+        return self.config.batch_size // (self.config.accumulation * self.accelerator.num_processes)
+
+    # One update
+
+    def plan(self, update: int, stage: int) -> Plan:
+        """The plan of an update; random methods draw it anew for each, alike on all processes.
+
+        Raises:
+            UserError: if the method's options do not fit the chain.
+        """
+        config = self.config
+        try:
+            return make_plan(
+                config.method,
+                self.schedule,
+                config.segments,
+                stage,
+                generator(config.seed, PLAN, update),
+                config.method_options,
+                timestep_lora=config.timestep_lora,
+                shortcut=config.shortcut != "none",
+            )
+        except ValueError as error:
+            raise UserError(
+                f"--method {config.method}, --num-steps {config.num_steps}: {error}"
+            ) from error
+
+    def stage(self) -> int:
+        """1…k, from the share of the budget that is spent; a larger budget never goes back."""
+        spent = self.spent()
+        bounds = stage_bounds(self.config.stage_shares, self.stages)
+        due = next((i for i, bound in enumerate(bounds, 1) if spent < bound), len(bounds))
+        self.counters.stage = max(self.counters.stage, due)
+        return self.counters.stage
+
+    def spent(self) -> float:
+        """Share of the budget that is spent; the run ends at 1."""
+        config, counters = self.config, self.counters
+        shares = [0.0]
+        if config.updates is not None:
+            shares.append(counters.update / config.updates)
+        if config.minutes is not None:
+            shares.append(counters.seconds / (60 * config.minutes))
+        return max(shares)
+
+    def batches(self, update: int) -> list[Batch]:
+        """This process's micro-batches; sample i of an update is the same however it is split."""
+        config = self.config
+        size = self.micro_batch
+        first = self.accelerator.process_index * size * config.accumulation
+        made = []
+        for start in range(first, first + size * config.accumulation, size):
+            rows, seeds = [], []
+            for index in range(start, start + size):
+                rows.append(self._prompt_row(update * config.batch_size + index))
+                seeds.append(sample_seed(config.seed, NOISE, update, index))
+            made.append(Batch([self.prompts[row] for row in rows], seeds))
+        return made
+
+    def _prompt_row(self, position: int) -> int:
+        """Every prompt once per epoch, in an order drawn per epoch."""
+        epoch, offset = divmod(position, len(self.prompts))
+        if epoch != getattr(self, "_epoch", None):
+            self._epoch = epoch
+            order = generator(self.config.seed, PROMPTS, epoch)
+            self._order = torch.randperm(len(self.prompts), generator=order).tolist()
+        return int(self._order[offset])
+
+    def update(self) -> tuple[int, Outcome]:
+        """One optimizer update; returns the stage it belonged to and what it did."""
+        began = time.monotonic()
+        self.between_updates = False
+        stage = self.stage()
+        plan = self.plan(self.counters.update, stage)
+        self.nets.train_only(plan.trainable)
+        outcome = train_step(
+            plan,
+            self.batches(self.counters.update),
+            self.family,
+            self.nets,
+            self.schedule,
+            self.reward,
+            self.optimizer,
+            self.accelerator,
+            inference=self.inference,
+            max_grad_norm=self.config.max_grad_norm,
+            recompute=self.config.recompute,
+        )
+        counters = self.counters
+        counters.update += 1
+        # Stages may depend on the clock: all processes follow the first one's.
+        clock = [counters.seconds + time.monotonic() - began]
+        counters.seconds = float(broadcast_object_list(clock)[0])
+        counters.skipped = counters.skipped + 1 if outcome.skipped else 0
+        self.between_updates = True
+        if counters.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a gradient "
+                "that is not finite; lower --learning-rate, or use --precision fp32"
+            )
+        return stage, outcome
+
+    # What is kept
+
+    def save_checkpoint(self, log_bytes: int) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for number in range(1, self.nets.loras + 1):
+            tensors[f"lora_{number}"] = self.nets.state_of(number)
+            tensors[f"optimizer_{number}"] = {
+                f"{name}/{key}": value
+                for name, parameter in self.nets.parameters_of(number).items()
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+        state = {
+            **vars(self.counters),
+            "log_bytes": log_bytes,
+            "inputs": self.inputs,
+            "config": to_yaml(self.config),
+        }
+        save_checkpoint(
+            self.config.output_dir / "checkpoints",
+            self.counters.update,
+            tensors,
+            state,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            UserError: if the prompts or the shortcut are no longer those of the run.
+        """
+        if saved.state["inputs"] != self.inputs:
+            raise UserError(
+                "--resume: the prompts or the shortcut's file changed since the checkpoint; "
+                "restore them, or start a new run in another --output-dir"
+            )
+        for number in range(1, self.nets.loras + 1):
+            copy_state(self.nets, number, saved.tensors[f"lora_{number}"])
+            flat = saved.tensors[f"optimizer_{number}"]
+            for name, parameter in self.nets.parameters_of(number).items():
+                prefix = f"{name}/"
+                kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
+                if kept:
+                    on = parameter.device
+                    self.optimizer.state[parameter] = {
+                        key: value if key == "step" else value.to(on) for key, value in kept.items()
+                    }
+        for name in vars(self.counters):
+            setattr(self.counters, name, saved.state[name])
+
+    def save_adapter(self) -> Path:
+        active = [step for step in self.inference.steps if step.adapters]
+        info = AdapterInfo(
+            base_model=self.config.model,
+            loras=self.nets.loras,
+            rank=self.config.rank,
+            segments=self.config.segments,
+            placement=self.placement,
+            num_steps=self.config.num_steps,
+            timesteps=[round(float(self.schedule.timesteps[s.start])) for s in active],
+            stacked=[s.adapters for s in active],
+            guidance_scale=self.guidance_scale,
+            config=self.config.model_dump(mode="json"),
+        )
+        directory = self.config.output_dir / "adapter"
+        save_adapter(self.nets, info, directory)
+        return directory
+
+    def pictures(self) -> tuple[list[str], Tensor]:
+        """Fixed prompts from fixed noise by the true inference chain."""
+        count, listed = self.config.sample_prompts, self.sample_prompts
+        stride = max(1, len(listed) // count)
+        prompts = [listed[i * stride % len(listed)] for i in range(count)]
+        seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count)]
+        images = generate(
+            self.family,
+            self.nets,
+            self.inference,
+            self.schedule,
+            self.family.encode(prompts),
+            seeds,
+            batch_size=self.micro_batch,
+        )
+        return prompts, images
+
+
+def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:
+    """Shares of the budget at which each stage ends; equal ones where none are given."""
+    if shares is None or stages == 1:
+        shares = (1 / stages,) * stages
+    total, bounds = 0.0, []
+    for share in shares:
+        total += share
+        bounds.append(round(total / sum(shares), 9))  # 0.1 + 0.2 is no more than 0.3
+    return bounds
+
+
+def training_prompts(config: Config) -> list[str]:
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    return prompts_for(config.model, "train")
