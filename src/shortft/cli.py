@@ -31,6 +31,7 @@ from shortft.cli_options import (
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import UserError
 from shortft.inputs import check_output_dir, read_prompts
+from shortft.recipes import recipe, recipe_names
 
 app = typer.Typer(
     help="Align a text-to-image model with a differentiable reward by ShortFT.",
@@ -44,7 +45,9 @@ USAGE_ERROR = typer.BadParameter.__mro__[1]
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG.yaml", help="Settings in YAML; options take precedence."),
+    typer.Argument(
+        metavar="CONFIG", help="Settings: a YAML file or a recipe's name; options take precedence."
+    ),
 ]
 AdapterFile = Annotated[Path, typer.Option(exists=True, help="Directory of the trained adapter.")]
 
@@ -98,7 +101,7 @@ def train(
     ] = False,
     **options: object,
 ) -> None:
-    """Train a reward LoRA. Every setting has an option and a line in CONFIG.yaml."""
+    """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
     config = _config(config_file, options)
     if dry_run:
         print(to_yaml(config), end="")
@@ -285,6 +288,60 @@ def shortcut(
 
 
 @app.command()
+@with_config_options
+def compare(
+    config_file: ConfigFile = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods or variants of them, separated by blanks.")
+    ] = None,
+    rewards: Annotated[str | None, typer.Option(help="Reward specs, separated by blanks.")] = None,
+    budget: Annotated[
+        str, typer.Option(help="Where nothing else is given: 'laptop' (30 minutes) or 'full'.")
+    ] = "laptop",
+    seeds: Annotated[int | None, typer.Option(help="Training seeds of every method.")] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Learning rates to try for every method, separated by blanks."),
+    ] = None,
+    search_minutes: Annotated[
+        float | None, typer.Option(help="Training minutes of every such trial.")
+    ] = None,
+    looks: Annotated[int | None, typer.Option(help="Evaluations on the way, for curves.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts.")] = None,
+    noises: Annotated[int | None, typer.Option(help="Pictures per held-out prompt.")] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report of the runs that are done.")
+    ] = False,
+    **options: object,
+) -> None:
+    """Compare methods at equal training time. Takes the options of train for all runs alike.
+
+    Start the same command again to continue, or several times at once to share the work.
+    """
+    from shortft.compare import compare_command, comparison_from, parse_list
+
+    for one, several in (("method", "--methods"), ("reward", "--rewards"), ("seed", "--seeds")):
+        if options.get(one) is not None:
+            raise UserError(f"--{one} {options[one]}: a comparison has several; give {several}")
+    if options.get("output_dir") is None:
+        options["output_dir"] = "runs/compare"
+    base = _config(config_file or Path(EMBEDDED), options)
+    chosen = comparison_from(
+        budget,
+        methods=methods and parse_list("--methods", methods),
+        rewards=rewards and parse_list("--rewards", rewards),
+        seeds=seeds,
+        minutes=base.minutes if options.get("minutes") is not None else None,
+        search=search and parse_list("--search", search),
+        search_minutes=search_minutes,
+        looks=looks,
+        num_prompts=num_prompts,
+        noises=noises,
+    )
+    compare_command(base.output_dir, chosen, base, report_only=report_only)
+
+
+@app.command()
 def demo(
     output_dir: OutputDirOption = Path("runs/demo"),
     reward: Annotated[str | None, REWARD] = None,
@@ -300,4 +357,8 @@ def demo(
 
 
 def _config(path: Path | None, options: dict[str, object]) -> Config:
-    return load_config(path, {name: v for name, v in options.items() if v is not None})
+    """A file's or a recipe's settings with the options on top; a file of that name goes first."""
+    given = {name: v for name, v in options.items() if v is not None}
+    if path is not None and not path.exists() and str(path) in recipe_names():
+        return load_config(None, {**recipe(str(path)), **given})
+    return load_config(path, given)

@@ -1,0 +1,473 @@
+"""`shortft compare`: methods × rewards × seeds at equal training time, on the same prompts.
+
+Every run is an ordinary `shortft train` in a process of its own. A run is a folder; what is done
+is never done again, so that a comparison can be interrupted, continued, and shared by several
+processes that were started with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shortft.assets import prompts_for
+from shortft.config import Config, load_config, option_name, to_yaml
+from shortft.drawing.files import write_atomic
+from shortft.errors import UserError
+from shortft.inputs import read_prompts
+from shortft.methods.catalog import variant_settings
+
+SEARCH_SEED = 1000
+RESULT, CLAIM, LOG = "result.json", ".claim", "train.log"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        methods: names of methods or of variants of them.
+        rewards: reward specs.
+        seeds: training seeds 0 … seeds - 1.
+        minutes: training time of every run; sampling, evaluation and loading are not counted.
+        search: learning rates tried for every method and reward; one alone is taken untried.
+        search_minutes: training time of every trial.
+        looks: evaluations on the way, for the curves.
+        num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
+    """
+
+    methods: tuple[str, ...]
+    rewards: tuple[str, ...]
+    seeds: int = 3
+    minutes: float = 3.5
+    search: tuple[float, ...] = ()
+    search_minutes: float = 1.0
+    looks: int = 6
+    num_prompts: int = 48
+    noises: int = 2
+
+    def cost_minutes(self) -> float:
+        """Training minutes in all, without evaluation."""
+        pairs = len(self.methods) * len(self.rewards)
+        trials = len(self.search) if len(self.search) > 1 else 0
+        return pairs * (self.seeds * self.minutes + trials * self.search_minutes)
+
+
+BUDGETS = {
+    "laptop": Comparison(
+        ("shortft", "draft_k", "drtune", "alignprop"),
+        ("clip:1,symmetry:2",),
+        seeds=2,
+        minutes=2.0,
+        looks=4,
+        num_prompts=24,
+    ),
+    "full": Comparison(
+        (
+            "shortft",
+            "draft_k",
+            "draft_lv",
+            "alignprop",
+            "drtune",
+            "refl",
+            "leapalign",
+            "flowbp_sparse",
+            "flowbp_bridge",
+            "flowbp_lagrange",
+            "full",
+        ),
+        ("clip", "clip:1,symmetry:2", "clip:1,compressibility:0.1"),
+        search=(5e-4, 1.5e-3, 4.5e-3),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of a comparison, in a folder of its own."""
+
+    folder: Path
+    reward: str
+    method: str
+    seed: int
+    learning_rate: float
+    minutes: float
+    search: bool
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RESULT).exists()
+
+
+class Workshop:
+    """A comparison's folder: its prompts, its runs, and what is still to do."""
+
+    def __init__(self, root: Path, comparison: Comparison, base: Config) -> None:
+        self.root, self.comparison, self.base = root, comparison, base
+        self.configs = {  # every mistake is told before any run
+            (reward, method): self._config(reward, method)
+            for reward in comparison.rewards
+            for method in comparison.methods
+        }
+
+    def prepare(self) -> None:
+        """Write the prompts and what is compared, or check that the folder holds the same.
+
+        Raises:
+            UserError: if it holds another comparison.
+        """
+        wanted = {
+            **json.loads(json.dumps(asdict(self.comparison))),
+            "base": self.base.model_dump(mode="json", exclude={"output_dir"}),
+        }
+        kept = self.root / "compare.json"
+        if kept.exists():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            differing = [name for name, value in wanted.items() if found.get(name) != value]
+            if differing:
+                name = differing[0]
+                raise UserError(
+                    f"--output-dir {self.root}: holds a comparison with another {name} "
+                    f"({_brief(found.get(name))}, not {_brief(wanted[name])}); use the same "
+                    "settings, or another folder"
+                )
+        listed = (
+            read_prompts(self.base.prompts)
+            if self.base.prompts
+            else prompts_for(self.base.model, "train")
+        )
+        # Every tenth training prompt is kept for the learning-rate search, the same in all runs.
+        self._write_prompts("validation", listed[::10])
+        self._write_prompts("train", [p for i, p in enumerate(listed) if i % 10])
+        held_out = self.held_out_prompts()
+        self._write_prompts("held_out", held_out)
+        write_atomic(kept, (json.dumps(wanted, indent=2) + "\n").encode())
+
+    def held_out_prompts(self) -> list[str]:
+        """Evenly spaced prompts of the model's held-out list, which no run trains on."""
+        listed = (
+            read_prompts(self.base.sample_from)
+            if self.base.sample_from
+            else prompts_for(self.base.model, "held_out")
+        )
+        count = min(self.comparison.num_prompts, len(listed))
+        return [listed[i * len(listed) // count] for i in range(count)]
+
+    def jobs(self) -> Iterator[Job]:
+        """Every run, trials first; runs whose learning rate is not known yet are left out."""
+        spec = self.comparison
+        yield from self.trials()
+        for seed in range(spec.seeds):
+            for reward in spec.rewards:
+                for method in spec.methods:
+                    rate = self.learning_rate(reward, method)
+                    if rate is not None:
+                        folder = self.root / "runs" / slug(reward) / method / f"seed-{seed}"
+                        yield Job(folder, reward, method, seed, rate, spec.minutes, search=False)
+
+    def trials(self) -> Iterator[Job]:
+        """The learning-rate search: short runs on other prompts and another seed."""
+        spec = self.comparison
+        if len(spec.search) < 2:
+            return
+        for reward in spec.rewards:
+            for method in spec.methods:
+                for rate in spec.search:
+                    folder = self.root / "search" / slug(reward) / method / f"lr-{rate:g}"
+                    minutes = spec.search_minutes
+                    yield Job(folder, reward, method, SEARCH_SEED, rate, minutes, search=True)
+
+    def learning_rate(self, reward: str, method: str) -> float | None:
+        """The best rate of the search; without one the base configuration's."""
+        search = self.comparison.search
+        if len(search) < 2:
+            return search[0] if search else self.base.learning_rate
+        found = {}
+        for trial in self.trials():
+            if (trial.reward, trial.method) == (reward, method):
+                if not trial.done:
+                    return None
+                found[trial.learning_rate] = read_result(trial)["reward"]["after"]
+        return max(found, key=lambda rate: float(found[rate]))
+
+    def finished(self) -> bool:
+        spec = self.comparison
+        runs = [job for job in self.jobs() if not job.search]
+        expected = len(spec.methods) * len(spec.rewards) * spec.seeds
+        return len(runs) == expected and all(job.done for job in runs)
+
+    def config(self, job: Job) -> Config:
+        """The complete configuration of a run."""
+        shown = "validation" if job.search else "held_out"
+        change = {
+            "seed": job.seed,
+            "learning_rate": job.learning_rate,
+            "minutes": job.minutes,
+            "updates": None,
+            "output_dir": str(job.folder),
+            "prompts": str(self.root / "prompts" / "train.txt"),
+            "sample_from": str(self.root / "prompts" / f"{shown}.txt"),
+            "sample_every": 0,
+            "sample_times": 0 if job.search else self.comparison.looks,
+            "sample_prompts": min(24, self.comparison.num_prompts),
+        }
+        settings = self.configs[job.reward, job.method].model_dump(mode="json")
+        return load_config(None, {**settings, **change})
+
+    def _config(self, reward: str, method: str) -> Config:
+        settings = self.base.model_dump(mode="json")
+        settings.pop("method_options")
+        settings |= {"reward": reward, **variant_settings(method, self.base.segments)}
+        return load_config(None, settings)
+
+    def _write_prompts(self, name: str, prompts: Sequence[str]) -> None:
+        write_atomic(self.root / "prompts" / f"{name}.txt", ("\n".join(prompts) + "\n").encode())
+
+
+def run_all(
+    workshop: Workshop,
+    evaluate_run: Callable[[Job, Config], dict[str, Any]],
+    report: Callable[[str], None],
+) -> None:
+    """Do what is left of a comparison, together with other processes at it."""
+    waited = False
+    while not workshop.finished():
+        jobs = list(workshop.jobs())
+        left = [job for job in jobs if not job.done]
+        for job in left:
+            if claim(job.folder):
+                waited = False
+                try:
+                    if not job.done:
+                        kind = "trial" if job.search else f"seed {job.seed}"
+                        report(
+                            f"{job.reward}, {job.method}, {kind}, learning rate "
+                            f"{job.learning_rate:g}: {len(left)} runs left"
+                        )
+                        run_job(workshop.config(job), job, evaluate_run)
+                finally:
+                    (job.folder / CLAIM).unlink(missing_ok=True)
+                break
+        else:
+            if not waited:
+                report(f"waiting for {len(left)} runs of other processes")
+                waited = True
+            time.sleep(2)
+
+
+def run_job(
+    config: Config, job: Job, evaluate_run: Callable[[Job, Config], dict[str, Any]]
+) -> None:
+    """Train in a process of its own (its memory is measured), then evaluate.
+
+    Raises:
+        UserError: if the training failed; its last words are given.
+    """
+    settings = job.folder / "run.yaml"
+    write_atomic(settings, to_yaml(config).encode())
+    command = [sys.executable, "-m", "shortft", "train", str(settings)]
+    if (job.folder / "checkpoints").exists():
+        command.append("--resume")
+    with (job.folder / LOG).open("a", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        text = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
+        words = text.splitlines()[-1] if text else ""
+        raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
+    result = {
+        "reward_spec": job.reward,
+        "method": job.method,
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
+        **evaluate_run(job, config),
+    }
+    write_atomic(job.folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def claim(folder: Path) -> bool:
+    """Take a run for this process; False if another living process has it.
+
+    A claim of a process that is gone from this machine is taken over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = f"{socket.gethostname()} {os.getpid()}"
+    for _ in range(2):
+        try:
+            with (folder / CLAIM).open("x") as file:
+                file.write(own)
+            return True
+        except FileExistsError:
+            try:
+                host, pid = (folder / CLAIM).read_text().split()
+            except (OSError, ValueError):
+                return False  # being written or being removed
+            if host != socket.gethostname() or _alive(int(pid)):
+                return False
+            (folder / CLAIM).unlink(missing_ok=True)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_result(job: Job) -> dict[str, Any]:
+    return dict(json.loads((job.folder / RESULT).read_text(encoding="utf-8")))
+
+
+def slug(spec: str) -> str:
+    """A reward spec as a folder name."""
+    return spec.replace(":", "-").replace(",", "_")
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
+    """What measures a finished run; the base model's pictures are made once."""
+    from shortft.drawing.curves import read_metrics
+    from shortft.evaluate import base_pictures, evaluate
+    from shortft.families import load_family
+    from shortft.rewards import make_reward
+
+    base = workshop.base
+    spec = workshop.comparison
+    family = load_family(base.model, precision=base.precision)
+    before: dict[bool, Any] = {}
+
+    def evaluate_run(job: Job, config: Config) -> dict[str, Any]:
+        prompts = read_prompts(config.sample_from) if config.sample_from else []
+        prompts = prompts[: spec.num_prompts]
+        seed = SEARCH_SEED if job.search else 0
+        if job.search not in before:
+            before[job.search] = base_pictures(
+                family,
+                prompts,
+                seeds=spec.noises,
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                seed=seed,
+            )
+        figures, pictures = evaluate(
+            family,
+            job.folder / "adapter",
+            make_reward(job.reward, config.reward_model, family.device),
+            prompts,
+            seeds=spec.noises,
+            num_steps=config.num_steps,
+            seed=seed,
+            before=before[job.search],
+        )
+        rows = read_metrics(job.folder / "metrics.jsonl")
+        seconds = [row["seconds"] for row in rows.updates]
+        if not job.search:
+            from safetensors.torch import save_file
+
+            shown = {"before": pictures.before[:: spec.noises][:8].contiguous()}
+            shown["after"] = pictures.after[:: spec.noises][:8].contiguous()
+            save_file(shown, job.folder / "pictures.safetensors")
+        return {
+            **figures,
+            "updates": len(seconds),
+            "training_seconds": sum(seconds),
+            "seconds_per_update": sum(seconds) / max(1, len(seconds)),
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows.updates),
+            "skipped": sum(bool(row["skipped"]) for row in rows.updates),
+            "curve": [[row["at_seconds"], row["eval_reward"]] for row in rows.evaluations],
+        }
+
+    return evaluate_run
+
+
+def compare_command(
+    output_dir: Path,
+    comparison: Comparison,
+    base: Config,
+    *,
+    report_only: bool = False,
+) -> None:
+    """`shortft compare`: run what is left, then write the report.
+
+    Raises:
+        UserError: if a run fails, or if nothing is done yet and only the report is wanted.
+    """
+    from rich.console import Console
+
+    from shortft.compare_report import write_report
+
+    console = Console()
+    workshop = Workshop(output_dir, comparison, base)
+    workshop.prepare()
+    if report_only:
+        if not any(job.done and not job.search for job in workshop.jobs()):
+            raise UserError(f"--report-only: no run in {output_dir} is done yet")
+        for path in write_report(workshop):
+            console.print(str(path), markup=False, highlight=False)
+        return
+    console.print(
+        f"{len(comparison.methods)} methods × {len(comparison.rewards)} rewards × "
+        f"{comparison.seeds} seeds: {comparison.cost_minutes():.0f} minutes of training in all, "
+        "loading and evaluation come on top",
+        highlight=False,
+    )
+    run_all(
+        workshop,
+        evaluator(workshop),
+        lambda text: console.print(text, markup=False, highlight=False),
+    )
+    for path in write_report(workshop):
+        console.print(str(path), markup=False, highlight=False)
+
+
+def parse_list(option: str, text: str) -> tuple[str, ...]:
+    """'a b' or 'a' as parts; rewards hold commas, so that blanks or semicolons separate.
+
+    Raises:
+        UserError: if there is none, or one twice.
+    """
+    parts = tuple(text.replace(";", " ").split())
+    if not parts or len(set(parts)) < len(parts):
+        raise UserError(f"{option} {text!r}: give different names, separated by blanks")
+    return parts
+
+
+def comparison_from(budget: str, **given: Any) -> Comparison:
+    """A budget's comparison with what the user gave on top.
+
+    Raises:
+        UserError: for an unknown budget or a value out of range.
+    """
+    if budget not in BUDGETS:
+        raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
+    values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
+    try:
+        values["search"] = tuple(float(rate) for rate in values["search"])
+    except ValueError:
+        raise UserError(f"--search {' '.join(values['search'])}: give learning rates") from None
+    if any(not 0 < rate < float("inf") for rate in values["search"]):
+        raise UserError(f"--search {values['search']}: learning rates lie above 0")
+    for name in ("seeds", "minutes", "search_minutes", "looks", "num_prompts"):
+        if values[name] <= 0:
+            raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
+    if values["noises"] < 2:
+        raise UserError(
+            f"--noises {values['noises']}: diversity compares pictures of one prompt; give 2 or "
+            "more"
+        )
+    return Comparison(**values)
