@@ -73,7 +73,8 @@ def jump_steps(schedule: Schedule, start: int, stop: int, jump: str, *, pin: boo
         raise ValueError(f"jump {jump!r} is unknown")
     if jump == "ddim" or stop - start < 2:
         return [Step(start, stop, "base", pin=pin)]
-    log_snr = (schedule.alpha / schedule.sigma).log()
+    # Flow matching starts at pure noise: there the log-SNR is kept finite.
+    log_snr = (schedule.alpha / schedule.sigma).log().clamp(min=-10)
     half = (log_snr[start] + log_snr[stop]) / 2
     middle = start + 1 + int((log_snr[start + 1 : stop] - half).abs().argmin())
     ratio = (log_snr[middle] - log_snr[start]) / (log_snr[stop] - log_snr[middle])
