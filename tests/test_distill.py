@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shortft.assets import own_guidance
-from shortft.distill import Bank, Distiller, distill_command
+from shortft.distill import Bank, Distiller
+from shortft.distill_command import distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, view

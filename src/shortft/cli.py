@@ -265,7 +265,7 @@ def shortcut(
 ) -> None:
     """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""
     check_output_dir("--output", output.parent)
-    from shortft.distill import distill_command
+    from shortft.distill_command import distill_command
 
     distill_command(
         model=model,

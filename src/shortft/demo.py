@@ -24,6 +24,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     from rich.console import Console
 
     from shortft.drawing.curves import draw_curves, read_metrics
+    from shortft.drawing.files import write_atomic
     from shortft.drawing.progress import summary_table
     from shortft.evaluate import draw_before_after, evaluate
     from shortft.families import load_family
@@ -68,7 +69,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
         "seconds_per_update": training / max(1, len(log)),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomic(output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     draw_before_after(output_dir / "before_after.png", pictures, SEEDS)
     draw_curves(
         output_dir / "metrics.jsonl",

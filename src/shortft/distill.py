@@ -9,13 +9,9 @@ chain. `consistency` is trajectory-segmented consistency distillation (Hyper-SD 
 from __future__ import annotations
 
 import functools
-import json
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,9 +24,7 @@ from shortft.networks import SHORTCUT, add_lora, lora_parameters, lora_state, vi
 from shortft.plans import base_plan
 from shortft.schedule import Schedule, jump, segments, to_x0_eps
 from shortft.seeds import generator, sample_seed
-from shortft.shortcut_check import Fidelity, Jumper, Jumping, jump_plan, measure
-
-Kind = Literal["regression", "consistency"]
+from shortft.shortcut_check import Jumper, Jumping, jump_plan
 
 
 @dataclass
@@ -316,177 +310,3 @@ def _distance(x: Tensor, target: Tensor, unit: Tensor, c: float = 0.03) -> Tenso
     scale = unit.flatten(1).norm(dim=1).clamp(min=1e-6)
     relative = (x - target).flatten(1).norm(dim=1) / scale
     return (relative.square() + c**2).sqrt() - c
-
-
-def distill(
-    distiller: Distiller,
-    kind: Kind,
-    *,
-    minutes: float,
-    batch_size: int,
-    learning_rate: float,
-    trajectories: int,
-    report: Callable[[str], None],
-    save: Callable[[], None],
-    fidelity: Callable[[], list[Fidelity]],
-    sample_batch: int = 64,
-) -> None:
-    """Train for a wall-clock budget, sampling trajectories included.
-
-    A quarter of the trajectories is made before the first update, the rest evenly over three
-    quarters of the time. After 30 % of it, regression adds states of the shortened chain for as
-    many prompts as it adds true trajectories.
-    """
-    began = time.monotonic()
-    budget = minutes * 60
-    optimizer = torch.optim.AdamW(
-        distiller.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
-    bank = Bank()
-    images: list[Tensor] = []
-    prompts: list[Tensor] = []
-    made = 0
-    last_report = last_save = began
-
-    def more(count: int) -> None:
-        nonlocal made
-        before = len(bank)
-        images.append(distiller.true_pieces(bank, count))
-        prompts.append(bank.prompt[before : before + count])
-        made += count
-
-    smooth: float | None = None
-    while (elapsed := time.monotonic() - began) < budget:
-        done = elapsed / budget
-        if made < trajectories * min(1.0, 0.25 + done):
-            more(sample_batch)
-            if kind == "regression" and distiller.updates and done > 0.3:
-                distiller.visited_pieces(bank, sample_batch)
-            if made < trajectories * 0.25:
-                continue
-        warm = min(1.0, distiller.updates / 50 + 0.02)
-        rate = learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if kind == "regression":
-            loss_B = distiller.regression_loss(bank, batch_size)
-        else:
-            loss_B = distiller.consistency_loss(torch.cat(images), torch.cat(prompts), batch_size)
-        loss = distiller.update(loss_B, optimizer)
-        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-        now = time.monotonic()
-        if now - last_report > 20:
-            last_report = now
-            report(
-                f"{elapsed / 60:5.1f} min  update {distiller.updates}  loss {smooth:.4f}  "
-                f"lr {rate:.1e}  trajectories {made}  pieces {len(bank)}"
-            )
-        if now - last_save > 150:
-            save()
-            for f in fidelity()[:1]:
-                errors = " ".join(f"{e:.3f}" for e in f.jump_error)
-                report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
-            last_save = time.monotonic()
-    save()
-
-
-def distill_command(
-    model: str,
-    output: Path,
-    kind: Kind,
-    minutes: float,
-    rank: int,
-    batch_size: int,
-    learning_rate: float,
-    num_steps: int,
-    segments: int,
-    guidance_scale: float | None,
-    shortcut_guidance_scale: float,
-    trajectories: int,
-    seed: int,
-    resume: bool,
-    precision: str = "bf16",
-    prompts_path: Path | None = None,
-) -> None:
-    """`shortft shortcut`: make a shortcut LoRA for a model and say how faithful it is."""
-    from rich.console import Console
-
-    from shortft.assets import prompts_for
-    from shortft.families import load_family
-    from shortft.inputs import read_prompts
-    from shortft.sampling import check_segments
-
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: must end in .safetensors")
-    if output.exists() and not resume:
-        raise UserError(
-            f"--output {output}: exists; pass --resume to go on from it, or another name"
-        )
-    if prompts_path is None:
-        training, held_out = prompts_for(model, "train"), prompts_for(model, "held_out")[:32]
-    else:  # every tenth prompt only measures
-        listed = read_prompts(prompts_path)
-        held_out = listed[::10][:32]
-        training = [prompt for prompt in listed if prompt not in held_out] or listed
-    console = Console()
-    family = load_family(model, precision=precision)
-    guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
-    schedule = family.schedule(num_steps)
-    check_segments(schedule, segments)
-    cond = family.encode(training)
-    student_guidance = Guidance(shortcut_guidance_scale)
-    distiller = Distiller(
-        family,
-        schedule,
-        segments,
-        guidance,
-        cond,
-        rank=rank,
-        student_guidance=student_guidance,
-        seed=seed,
-    )
-    if resume and output.exists():
-        distiller.load(output)
-    noise = family.noise([sample_seed(seed, 3, i) for i in range(len(held_out))])
-    held_out_cond = family.encode(held_out)
-
-    def fidelity() -> list[Fidelity]:
-        jumpers = [
-            Jumper("shortcut", distiller.averaged(), student_guidance),
-            Jumper("plain DDIM jump", family.denoiser, Guidance()),
-            Jumper("guided DDIM jump", family.denoiser, guidance),
-        ]
-        return measure(family, jumpers, schedule, segments, held_out_cond, noise, guidance)
-
-    distill(
-        distiller,
-        kind,
-        minutes=minutes,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        trajectories=trajectories,
-        report=console.print,
-        save=lambda: distiller.save(output),
-        fidelity=fidelity,
-    )
-    card: dict[str, Any] = {
-        "model": model,
-        "kind": kind,
-        "minutes": minutes,
-        "updates": distiller.updates,
-        "rank": rank,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "num_steps": num_steps,
-        "segments": segments,
-        "guidance_scale": guidance.scale,
-        "shortcut_guidance_scale": student_guidance.scale,
-        "trajectories": trajectories,
-        "seed": seed,
-        "held_out": [vars(f) for f in fidelity()],
-    }
-    output.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    for f in card["held_out"]:
-        errors = " ".join(f"{e:.3f}" for e in f["jump_error"])
-        console.print(f"{f['name']}: error {errors}, chain {f['chain_psnr']:.1f} dB")
-    console.print(f"{output}: check it on fresh samples by `shortft check`")

@@ -193,6 +193,7 @@ def evaluate_command(
     from rich.console import Console
 
     from shortft.adapter import read_info
+    from shortft.drawing.files import write_atomic
     from shortft.drawing.progress import summary_table
 
     if seeds < 2:
@@ -218,7 +219,7 @@ def evaluate_command(
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomic(output_dir / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     draw_before_after(output_dir / "before_after.png", pictures, seeds)
     console.print(summary_table(figures))
     for warning in figures["warnings"]:

@@ -180,6 +180,7 @@ def check_command(
     from rich.table import Table
 
     from shortft.assets import own_guidance, prompts_for, shortcut_for
+    from shortft.drawing.files import write_atomic
     from shortft.families import load_family
     from shortft.inputs import read_prompts
     from shortft.networks import SHORTCUT, view
@@ -231,8 +232,7 @@ def check_command(
         style="dim",
     )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n", encoding="utf-8")
+        write_atomic(output, (json.dumps([asdict(f) for f in found], indent=2) + "\n").encode())
     if better_than_ddim(found):
         console.print("The shortcut is better than a plain DDIM jump on every segment.")
         if found[0].chain_psnr < found[2].chain_psnr:
