@@ -39,19 +39,6 @@ def diversity(images_BCHW: Tensor, embed: Embedder, prompts: Sequence[str] | Non
 
 
 @torch.no_grad()
-def pixel_diversity(images_BCHW: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-    """`diversity` without an embedder: mean over pairs of the root-mean-square pixel difference.
-
-    Returns:
-        (P,) in [0, 1]. Noise counts as variety here, so read it beside `diversity`.
-    """
-    flat = images_BCHW.flatten(1).float()
-    distances = [
-        torch.pdist(flat[rows]).mean() / flat.shape[1] ** 0.5 for rows in _groups(flat, prompts)
-    ]
-    return torch.stack(distances)
-
-
 def _mean_cosine_distance(features_ND: Tensor) -> Tensor:
     count = len(features_ND)
     # The sum of all entries of the cosine matrix is |sum of features|^2, its diagonal is count.
