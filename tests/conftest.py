@@ -1,7 +1,49 @@
 """Settings for all tests: no test reaches a network or opens a window."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def shortcut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from test_chain import make_shortcut
+    from tiny import tiny_family
+
+    return make_shortcut(tiny_family(), tmp_path_factory.mktemp("shortcut") / "s.safetensors")
+
+
+@pytest.fixture
+def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\npanda face\nrocket\n")
+    return {
+        "model": str(model),
+        "shortcut": str(shortcut),
+        "prompts": prompts,
+        "reward": "symmetry",
+        "num_steps": 8,
+        "rank": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "guidance_scale": 2.0,
+        "updates": 8,
+        "sample_every": 4,
+        "sample_prompts": 2,
+        "checkpoint_every": 2,
+        "progress": False,
+        "tensorboard": False,
+        "output_dir": tmp_path / "run",
+    }

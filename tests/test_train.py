@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,42 +18,6 @@ from shortft.errors import UserError
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
 from shortft.train import train
 from shortft.trainer import MAX_SKIPPED, Trainer, stage_bounds
-from test_chain import make_shortcut
-from tiny import save_tiny, tiny_family
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def shortcut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shortcut(tiny_family(), tmp_path_factory.mktemp("shortcut") / "s.safetensors")
-
-
-@pytest.fixture
-def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red apple\npanda face\nrocket\n")
-    return {
-        "model": str(model),
-        "shortcut": str(shortcut),
-        "prompts": prompts,
-        "reward": "symmetry",
-        "num_steps": 8,
-        "rank": 2,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "guidance_scale": 2.0,
-        "updates": 8,
-        "sample_every": 4,
-        "sample_prompts": 2,
-        "checkpoint_every": 2,
-        "progress": False,
-        "tensorboard": False,
-        "output_dir": tmp_path / "run",
-    }
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -61,6 +26,24 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
         for path in sorted(directory.glob("lora_*.safetensors"))
         for key, value in load_file(path).items()
     }
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}.{name}": parameter.detach().clone()
+        for number in range(1, trainer.nets.loras + 1)
+        for name, parameter in trainer.nets.parameters_of(number).items()
+    }
+
+
+class Harmed:
+    """A reward whose scores something was done to."""
+
+    def __init__(self, part, harm) -> None:
+        self.part, self.harm, self.name = part, harm, part.name
+
+    def __call__(self, images, prompts):
+        return self.harm(self.part(images, prompts))
 
 
 def rows(directory: Path) -> list[dict]:
@@ -89,6 +72,7 @@ def test_resume_equals_the_uninterrupted_run(settings, tmp_path: Path):
     parts = Config(**{**settings, "output_dir": tmp_path / "parts"})
     interrupted = Trainer(parts)
     from shortft.drawing.progress import TrainProgress
+    from shortft.interrupts import Interrupts
     from shortft.metrics_log import MetricsLog
     from shortft.train import run_updates
 
@@ -96,14 +80,14 @@ def test_resume_equals_the_uninterrupted_run(settings, tmp_path: Path):
     log = MetricsLog(parts.output_dir / "metrics.jsonl", 0, enabled=True)
     original = interrupted.update
 
-    def dies_in_update_six():
+    def dies_in_update_six(**options):
         if interrupted.counters.update == 5:
             raise KeyboardInterrupt
-        return original()
+        return original(**options)
 
     interrupted.update = dies_in_update_six  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        run_updates(interrupted, log, TrainProgress(8, enabled=False))
+        run_updates(interrupted, log, TrainProgress(8, enabled=False), Interrupts(immediate=True))
     assert len(rows(parts.output_dir)) == 5
     train(parts, resume=True)
 
@@ -180,18 +164,107 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings):
     before = [p.detach().clone() for p in trained]
     moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
 
-    components = trainer.reward.components
-    trainer.reward.components = lambda images, prompts: {  # type: ignore[method-assign]
-        name: part * float("nan") for name, part in components(images, prompts).items()
+    (part, weight) = trainer.reward.parts[0]
+    harms = {
+        "reward": lambda scores: scores * float("nan"),
+        "infinite reward": lambda scores: scores.detach() * float("inf") + scores,
+        "gradient": lambda scores: scores + 0 * (scores - scores.detach()).sqrt(),
     }
-    _, outcome = trainer.update()
-    assert outcome.skipped
-    assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
-    after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
-    trainer.counters.skipped = MAX_SKIPPED - 1
+    for what, harm in harms.items():
+        trainer.reward.parts = ((Harmed(part, harm), weight),)
+        _, outcome = trainer.update()
+        assert outcome.skipped, what
+        assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True)), what
+        after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True)), what
+    assert trainer.counters.skipped == 3
+    trainer.check_skipped()
+    trainer.counters.skipped = MAX_SKIPPED
     with pytest.raises(UserError, match="not finite"):
+        trainer.check_skipped()
+    trainer.reward.parts = ((part, weight),)
+    assert not trainer.update()[1].skipped
+    assert trainer.counters.skipped == 0
+
+
+def test_out_of_memory_is_advice_or_smaller_parts_of_the_same_updates(settings, tmp_path: Path):
+    whole = Config(**{**settings, "updates": 2, "output_dir": tmp_path / "whole"})
+    train(whole)
+
+    def narrow(**change) -> Trainer:
+        trainer = Trainer(Config(**{**settings, "updates": 2, **change}))
+        decode = trainer.family.decode
+
+        def small_only(latents):
+            if len(latents) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return decode(latents)
+
+        trainer.family.decode = small_only  # type: ignore[method-assign]
+        return trainer
+
+    trainer = narrow()
+    before = weights_of(trainer)
+    with pytest.raises(
+        UserError, match=r"out of memory with 4 pictures.*--resume with --recompute"
+    ):
         trainer.update()
+    with pytest.raises(UserError, match="--accumulation 4"):
+        trainer.update()
+    assert all(torch.equal(before[name], value) for name, value in weights_of(trainer).items())
+    trainer = narrow(split_on_out_of_memory=True)
+    for _ in range(2):
+        trainer.update()
+    assert trainer.splits == 4
+    trainer.save_adapter()
+    one = weights(whole.output_dir / "adapter")
+    two = weights(trainer.config.output_dir / "adapter")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_changed_setting_is_shown_and_needs_leave(settings):
+    config = Config(**{**settings, "updates": 4})
+    train(config)
+    other = config.model_copy(update={"learning_rate": 5e-3, "updates": 6})
+    with pytest.raises(
+        UserError, match=r"--learning-rate 0.005: the run to resume has 0.01.*--allow"
+    ):
+        train(other, resume=True)
+    train(other, resume=True, allow_change=True)
+    assert [row["update"] for row in rows(config.output_dir)] == [1, 2, 3, 4, 5, 6]
+    wider = other.model_copy(update={"rank": 3})
+    with pytest.raises(UserError, match="--rank 3"):
+        train(wider, resume=True, allow_change=True)
+
+
+def test_a_disk_without_room_is_told_before_the_run(settings, monkeypatch: pytest.MonkeyPatch):
+    import shortft.train
+
+    monkeypatch.setattr(shortft.train.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"--output-dir .* free, but the run's checkpoints take"):
+        train(Config(**settings))
+
+
+def test_a_failing_reward_keeps_what_was_done_and_the_traceback(settings):
+    config = Config(**{**settings, "checkpoint_every": 0, "sample_every": 0})
+    import shortft.step
+
+    original, calls = shortft.step.judge, [0]
+
+    def fails_later(reward, images, prompts, *, seconds):
+        calls[0] += 1
+        if calls[0] > 3:
+            reward.parts = ((Harmed(reward.parts[0][0], lambda scores: scores[7]), 1.0),)
+        return original(reward, images, prompts, seconds=seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shortft.step, "judge", fails_later)
+        with pytest.raises(UserError, match="--reward symmetry: raised IndexError"):
+            train(config)
+    assert "IndexError" in (config.output_dir / "error.txt").read_text()
+    train(config, resume=True)
+    assert [row["update"] for row in rows(config.output_dir)] == list(range(1, 9))
 
 
 def test_noise_and_prompts_do_not_depend_on_the_split(settings):

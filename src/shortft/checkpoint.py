@@ -6,6 +6,7 @@ the folder is renamed, and only after that are old ones deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from shortft.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+ASIDE = ".old-"
 
 
 @dataclass(frozen=True)
@@ -47,31 +49,53 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep` and what crashes left behind."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint, then delete all but the newest `keep` and what crashes left behind.
+
+    Raises:
+        UserError: if the disk refuses; what was there before stays.
+    """
     final = root / f"update-{update:06d}"
     scratch = root / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     files = {
         f"{name}.safetensors": save({k: v.detach().cpu().contiguous() for k, v in group.items()})
         for name, group in tensors.items()
     }
     files[STATE] = json.dumps(dict(state), indent=2).encode()
-    files[MANIFEST] = json.dumps(
-        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, indent=2
-    ).encode()
-    for name, data in files.items():
-        _write_synced(scratch / name, data)
-    _sync_folder(scratch)
-    # Later ones were passed over as damaged when this run went back to before them.
-    later = [path for path in _all(root) if path.name >= final.name]
-    aside = [path.rename(root / f".old-{path.name}") for path in later]
-    scratch.rename(final)
-    _sync_folder(root)
-    for old in (*aside, *_all(root)[keep:], *root.glob(".update-*"), *root.glob(".old-*")):
+    files[MANIFEST] = manifest_of(files)
+    aside: list[tuple[Path, Path]] = []
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        for name, data in files.items():
+            _write_synced(scratch / name, data)
+        _sync_folder(scratch)
+        # Later ones were passed over as damaged when this run went back to before them.
+        for path in [path for path in _all(root) if path.name >= final.name]:
+            hidden = root / f"{ASIDE}{path.name}"
+            shutil.rmtree(hidden, ignore_errors=True)
+            aside.append((path, path.rename(hidden)))
+        scratch.rename(final)
+        _sync_folder(root)
+    except OSError as error:
+        if not final.exists():
+            for path, hidden in aside:
+                with contextlib.suppress(OSError):
+                    hidden.rename(path)
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be written ({error.strerror or error}); the checkpoint before it is "
+            "whole: make room or mend the disk, then go on by --resume"
+        ) from error
+    for old in (*_all(root)[keep:], *root.glob(".update-*"), *root.glob(f"{ASIDE}*")):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """The SHA-256 sums of files, in the one spelling that is accepted."""
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    return json.dumps(sums, indent=2).encode()
 
 
 def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
@@ -84,10 +108,13 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
         UserError: if there is none.
     """
     problems: list[str] = []
-    for path in _all(root):
+    # A crash between two renames leaves the newest one hidden.
+    hidden = root.glob(f"{ASIDE}update-*")
+    newest_first = sorted([*_all(root), *hidden], key=lambda path: path.name.removeprefix(ASIDE))
+    for path in reversed(newest_first):
         try:
             return _read(path), problems
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             problems.append(f"{path}: damaged ({error}); using the one before it")
     found = f" ({problems[0]})" if problems else ""
     raise UserError(
@@ -97,13 +124,15 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def _read(path: Path) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_bytes())
+    written = (path / MANIFEST).read_bytes()
     files = {}
-    for name, digest in manifest.items():
+    for name, digest in json.loads(written).items():
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{name} does not match its checksum")
         files[name] = data
+    if manifest_of(files) != written:
+        raise ValueError(f"{MANIFEST} was changed")
     tensors = {
         name.removesuffix(".safetensors"): load(data)
         for name, data in files.items()

@@ -29,7 +29,7 @@ from shortft.cli_options import (
     with_config_options,
 )
 from shortft.config import Config, load_config, to_yaml
-from shortft.errors import UserError
+from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_dir, read_prompts
 from shortft.recipes import recipe, recipe_names
 
@@ -53,7 +53,10 @@ AdapterFile = Annotated[Path, typer.Option(exists=True, help="Directory of the t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (check failed), 2 (mistake), 130."""
+    """Run the command line and return its exit code.
+
+    0 done, 1 check failed, 2 a mistake, 130 and 143 stopped by SIGINT and SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # transformers tells every user without torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -67,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
     except KeyboardInterrupt:
         return 130
+    except Stopped as stop:
+        return 128 + stop.signal
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -96,6 +101,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
     ] = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Resume although settings changed.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the complete configuration and stop.")
     ] = False,
@@ -108,7 +116,7 @@ def train(
         return
     from shortft.train import train
 
-    train(config, resume=resume)
+    train(config, resume=resume, allow_change=allow_change)
 
 
 @app.command()

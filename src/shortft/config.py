@@ -32,7 +32,9 @@ from shortft.inputs import (
     read_text,
 )
 from shortft.methods.catalog import METHODS, read_options
+from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
+from shortft.rewards.spec import parse_reward_spec
 
 DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
 
@@ -60,13 +62,14 @@ class Config(BaseModel):
     )
     reward: str = Field(
         "clip",
-        description=f"Reward to maximise: {', '.join(REWARDS)}, or a weighted mix such as "
-        "'clip:1,symmetry:0.2'.",
+        description=f"Reward to maximise: {', '.join(REWARDS)}, a weighted mix such as "
+        "'clip:1,symmetry:0.2', a recipe such as paper-mix, or your own 'file.py:name'. See "
+        "docs/rewards.md.",
     )
     reward_model: str | None = Field(
         None,
-        description="CLIP model that scores text alignment: a directory or a hub id; none = the "
-        "embedded one.",
+        description="Where reward models lie: a directory or hub id for clip, or 'pickscore=PLACE,"
+        "hpsv2=PLACE'; none = the embedded one for clip, the hub for others.",
     )
     prompts: Path | None = Field(
         None,
@@ -134,6 +137,14 @@ class Config(BaseModel):
     )
     accumulation: int = Field(
         1, ge=1, description="Parts that a batch is split into to save memory; divides batch_size."
+    )
+    split_on_out_of_memory: bool = Field(
+        False,
+        description="When memory runs out, halve the pictures that are run at once and go on with "
+        "the same updates.",
+    )
+    reward_seconds: float | None = Field(
+        300.0, gt=0, description="Limit of one call of a reward, in seconds; none = no limit."
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Number format of the frozen networks; LoRAs always train in fp32."
@@ -213,7 +224,8 @@ class Config(BaseModel):
     @field_validator("reward_model")
     @classmethod
     def _known_reward_model(cls, value: str | None) -> str | None:
-        return None if value is None else check_model_source("--reward-model", value)
+        parse_reward_models(value)
+        return value
 
     @field_validator("prompts", "sample_from")
     @classmethod
@@ -252,6 +264,7 @@ class Config(BaseModel):
                 f"does not divide --batch-size {self.batch_size}",
                 "choose one of its divisors",
             )
+        reward_places({name for name, _ in parse_reward_spec(self.reward)}, self.reward_model)
         self._check_stage_shares()
         object.__setattr__(self, "method_options", read_options(self.method, self.method_options))
         return self

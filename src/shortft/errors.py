@@ -7,3 +7,15 @@ class UserError(Exception):
     The message is one line: the option or file, the value received, what is wrong with it, and
     the remedy. The command line prints it after ``error:`` and exits with code 2.
     """
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop; it did so at a safe place.
+
+    Attributes:
+        signal: its number; the exit code is 128 more.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal

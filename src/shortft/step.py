@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shortft.chain import run_chain
 from shortft.families.base import Conditioning, Family
+from shortft.judge import judge
 from shortft.networks import ModelNetworks
 from shortft.plans import Plan
 from shortft.rewards.combine import WeightedSum
@@ -53,13 +54,18 @@ def train_step(
     inference: Plan,
     max_grad_norm: float,
     recompute: bool,
+    reward_seconds: float | None = None,
+    commit: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Maximise the mean reward of this process's batches by one optimizer update.
 
     Args:
         inference: the policy's true chain, run first for plans that need its states.
+        reward_seconds: limit of one call of a reward.
+        commit: called just before anything is changed.
 
-    A gradient that is not finite changes nothing; `Outcome.skipped` says so.
+    A reward or a gradient that is not finite, on any process, changes nothing on all of them;
+    `Outcome.skipped` says so.
     """
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
@@ -83,7 +89,8 @@ def train_step(
         )
         decode = functools.partial(checkpoint, use_reentrant=False) if recompute else plainly
         images = decode(family.decode, latents)  # [0, 1], still differentiable
-        parts = reward.components(images, batch.prompts * (1 + plan.renoise))  # each (B,)
+        prompts = batch.prompts * (1 + plan.renoise)
+        parts = judge(reward, images, prompts, seconds=reward_seconds)  # each (B,)
         scores = reward.combine(parts)  # higher is better
         loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean() / len(batches)
         loss.backward()
@@ -93,12 +100,12 @@ def train_step(
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     average_gradients(trained, accelerator)
     grad_norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
-    finite = bool(grad_norm.isfinite())
+    means = torch.stack(list(totals.values()))
+    means = accelerator.reduce(means, reduction="mean")  # not finite if it is on one process
+    finite = bool(grad_norm.isfinite()) and bool(means.isfinite().all())
+    commit()
     if finite:
         optimizer.step()
-
-    means = torch.stack(list(totals.values()))
-    means = accelerator.reduce(means, reduction="mean")
     values = dict(zip(totals, means.tolist(), strict=True))
     return Outcome(values.pop("reward"), values, float(grad_norm), skipped=not finite)
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shortft.checkpoint import load_latest
-from shortft.config import Config, to_yaml
-from shortft.drawing.progress import TrainProgress
-from shortft.errors import UserError
+from shortft.config import Config, option_name, to_yaml
+from shortft.drawing.files import write_atomic
+from shortft.drawing.progress import TrainProgress, memory_text
+from shortft.errors import Stopped, UserError
+from shortft.interrupts import Interrupts
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
 from shortft.rewards import anchor_warning
 from shortft.trainer import Trainer
 
 
-def train(config: Config, resume: bool = False) -> Path:
+def train(config: Config, resume: bool = False, allow_change: bool = False) -> Path:
     """Run a training; `shortft train`.
+
+    Args:
+        resume: go on from the newest whole checkpoint in the output directory.
+        allow_change: resume even if settings differ that change what the run learns.
 
     Returns:
         The adapter's directory.
+
+    Raises:
+        UserError: for what the user can mend; what was done is kept.
+        Stopped: if a signal asked for it; a checkpoint was written.
     """
     root = config.output_dir
     if not resume and (root / "checkpoints").exists():
@@ -30,18 +42,20 @@ def train(config: Config, resume: bool = False) -> Path:
         )
     saved, notes = load_latest(root / "checkpoints") if resume else (None, [])
     if saved is not None:
-        check_same_run(saved.state["config"], config)
+        notes += check_same_run(saved.state["config"], config, allow_change=allow_change)
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
     log_bytes = 0
     if saved is not None:
-        trainer.restore(saved)
+        trainer.restore(saved, allow_change=allow_change)
         log_bytes = int(saved.state["log_bytes"])
     if main:
+        check_space(root, trainer.checkpoint_bytes() * (config.keep_checkpoints + 1))
         root.mkdir(parents=True, exist_ok=True)
-        (root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_atomic(root / "config.yaml", to_yaml(config).encode())
     log = MetricsLog(root / "metrics.jsonl", log_bytes, enabled=main)
-    trainer.accelerator.init_trackers("tensorboard")
+    purge = {"purge_step": trainer.counters.update + 1} if resume else {}
+    trainer.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
     progress = TrainProgress(
         config.updates,
         config.minutes,
@@ -50,20 +64,24 @@ def train(config: Config, resume: bool = False) -> Path:
         start_seconds=trainer.counters.seconds,
         enabled=config.progress and main,
     )
-    with progress:
+    warning = anchor_warning(config.reward)
+    with progress, Interrupts(immediate=trainer.accelerator.num_processes == 1) as interrupts:
         for note in notes:
             progress.log(note)
-        warning = anchor_warning(config.reward)
         if warning:
             progress.log(f"warning: {warning}")
         if resume:
             progress.log(f"continuing after update {trainer.counters.update}")
         try:
-            run_updates(trainer, log, progress)
-        except KeyboardInterrupt:
-            if trainer.accelerator.num_processes == 1 and trainer.between_updates:
+            run_updates(trainer, log, progress, interrupts)
+            interrupts.hold()
+        except (Stopped, UserError) as reason:
+            interrupts.hold()
+            if main:
                 trainer.save_checkpoint(log.position())
+                note_cause(root, reason)
                 progress.log(f"stopped after update {trainer.counters.update}; go on by --resume")
+            trainer.accelerator.end_training()
             raise
         if main:
             trainer.save_checkpoint(log.position())
@@ -73,7 +91,9 @@ def train(config: Config, resume: bool = False) -> Path:
     return root / "adapter"
 
 
-def run_updates(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
+def run_updates(
+    trainer: Trainer, log: MetricsLog, progress: TrainProgress, interrupts: Interrupts
+) -> None:
     """Update until the budget is spent, with logs, pictures and checkpoints on the way."""
     config, accelerator = trainer.config, trainer.accelerator
     main = accelerator.is_main_process
@@ -86,7 +106,7 @@ def run_updates(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> N
         look(trainer, log)
     while trainer.spent() < 1:
         before, part = trainer.counters.seconds, int(trainer.spent() * config.sample_times)
-        stage, outcome = trainer.update()
+        stage, outcome = trainer.update(commit=interrupts.hold)
         update, seconds = trainer.counters.update, trainer.counters.seconds - before
         row: dict[str, Any] = {
             "update": update,
@@ -103,12 +123,17 @@ def run_updates(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> N
         accelerator.log({**flat, **outcome.parts, "stage": stage}, step=update)
         progress.update(update, stage, outcome.reward, seconds, row["peak_memory_bytes"])
         if outcome.skipped:
-            progress.log(f"update {update}: gradient not finite, nothing changed")
+            progress.log(f"update {update}: reward or gradient not finite, nothing changed")
+        if main and every(config.checkpoint_every) and trainer.spent() < 1:
+            trainer.save_checkpoint(log.position())
+        interrupts.release()
+        asked = trainer.asked_to_stop(interrupts.asked)
+        if asked is not None:
+            raise Stopped(asked)
+        trainer.check_skipped()
         looked = every(config.sample_every) or int(trainer.spent() * config.sample_times) > part
         if main and looked:
             look(trainer, log)
-        if main and every(config.checkpoint_every) and trainer.spent() < 1:
-            trainer.save_checkpoint(log.position())
     if main and (config.sample_every or config.sample_times) and not looked:
         look(trainer, log)
 
@@ -137,36 +162,76 @@ def look(trainer: Trainer, log: MetricsLog) -> None:
         writer.add_images("samples", images, update)
 
 
-def check_same_run(saved: str, config: Config) -> None:
+# What may differ on resume: where and how a run is watched, and what memory it takes.
+FREE = {
+    "prompts",  # compared by content, as is the shortcut
+    "shortcut",
+    "recompute",
+    "merge_shortcut",
+    "accumulation",
+    "split_on_out_of_memory",
+    "reward_seconds",
+    "output_dir",
+    "updates",
+    "minutes",
+    "progress",
+    "tensorboard",
+    "sample_every",
+    "sample_prompts",
+    "sample_times",
+    "sample_from",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+# What the saved weights depend on.
+FIXED = {"model", "method", "segments", "timestep_lora", "rank"}
+
+
+def check_same_run(saved: str, config: Config, *, allow_change: bool = False) -> list[str]:
     """Refuse to resume with settings that would make it another run.
 
+    Returns:
+        One line per allowed difference.
+
     Raises:
-        UserError: naming the first setting that differs.
+        UserError: naming the settings that differ.
     """
     import yaml
 
-    may_change = {
-        "prompts",  # compared by content, as is the shortcut
-        "shortcut",
-        "recompute",  # these three change the memory a run takes, not what it learns
-        "merge_shortcut",
-        "accumulation",
-        "output_dir",
-        "updates",
-        "minutes",
-        "progress",
-        "tensorboard",
-        "sample_every",
-        "sample_prompts",
-        "sample_times",
-        "sample_from",
-        "checkpoint_every",
-        "keep_checkpoints",
-    }
     old, new = yaml.safe_load(saved), config.model_dump(mode="json")
-    for name, value in new.items():
-        if name not in may_change and old.get(name, value) != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: the run to resume has {old[name]}; use the "
-                "same setting, or start a new run in another --output-dir"
-            )
+    changed = [n for n, value in new.items() if n not in FREE and old.get(n, value) != value]
+    lines = [f"{option_name(n)} {new[n]}: the run to resume has {old[n]}" for n in changed]
+    fixed = [line for name, line in zip(changed, lines, strict=True) if name in FIXED]
+    if fixed:
+        raise UserError(
+            f"{'; '.join(fixed)}; use the same setting, or start a new run in another --output-dir"
+        )
+    if lines and not allow_change:
+        raise UserError(
+            f"{'; '.join(lines)}; use the same setting, pass --allow-change to go on with the new "
+            "one, or start a new run in another --output-dir"
+        )
+    return [f"changed: {line}" for line in lines]
+
+
+def check_space(root: Path, needed: int) -> None:
+    """Tell before the run if its checkpoints will not fit on the disk.
+
+    Raises:
+        UserError: if less than `needed` bytes are free.
+    """
+    place = next(p for p in (root, *root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"--output-dir {root}: {memory_text(free)} free, but the run's checkpoints take "
+            f"{memory_text(needed)}; free some space, lower --keep-checkpoints, or name another "
+            "directory"
+        )
+
+
+def note_cause(root: Path, reason: BaseException) -> None:
+    """Keep the traceback of somebody else's error in error.txt."""
+    if reason.__cause__ is not None:
+        text = "".join(traceback.format_exception(reason.__cause__))
+        write_atomic(root / "error.txt", text.encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,12 +110,12 @@ class Trainer:
             betas=(0.9, 0.999),
         )
         self.counters = Counters()
-        self.between_updates = True
+        self.splits = config.accumulation
 
     @property
     def micro_batch(self) -> int:
         """Samples that one process runs at once."""
-        return self.config.batch_size // (self.config.accumulation * self.accelerator.num_processes)
+        return self.config.batch_size // (self.splits * self.accelerator.num_processes)
 
     # One update
 
@@ -164,9 +164,9 @@ class Trainer:
         """This process's micro-batches; sample i of an update is the same however it is split."""
         config = self.config
         size = self.micro_batch
-        first = self.accelerator.process_index * size * config.accumulation
+        first = self.accelerator.process_index * size * self.splits
         made = []
-        for start in range(first, first + size * config.accumulation, size):
+        for start in range(first, first + size * self.splits, size):
             rows, seeds = [], []
             for index in range(start, start + size):
                 rows.append(self._prompt_row(update * config.batch_size + index))
@@ -183,39 +183,73 @@ class Trainer:
             self._order = torch.randperm(len(self.prompts), generator=order).tolist()
         return int(self._order[offset])
 
-    def update(self) -> tuple[int, Outcome]:
-        """One optimizer update; returns the stage it belonged to and what it did."""
+    def update(self, commit: Callable[[], None] = lambda: None) -> tuple[int, Outcome]:
+        """One optimizer update; returns the stage it belonged to and what it did.
+
+        Args:
+            commit: called just before weights change; from then on nothing may interrupt.
+
+        Raises:
+            UserError: if memory ran out and the batch cannot be split further, a reward
+                misbehaves, or too many updates in a row were skipped.
+        """
         began = time.monotonic()
-        self.between_updates = False
         stage = self.stage()
         plan = self.plan(self.counters.update, stage)
         self.nets.train_only(plan.trainable)
-        outcome = train_step(
-            plan,
-            self.batches(self.counters.update),
-            self.family,
-            self.nets,
-            self.schedule,
-            self.reward,
-            self.optimizer,
-            self.accelerator,
-            inference=self.inference,
-            max_grad_norm=self.config.max_grad_norm,
-            recompute=self.config.recompute,
-        )
+        while True:
+            try:
+                outcome = train_step(
+                    plan,
+                    self.batches(self.counters.update),
+                    self.family,
+                    self.nets,
+                    self.schedule,
+                    self.reward,
+                    self.optimizer,
+                    self.accelerator,
+                    inference=self.inference,
+                    max_grad_norm=self.config.max_grad_norm,
+                    recompute=self.config.recompute,
+                    reward_seconds=self.config.reward_seconds,
+                    commit=commit,
+                )
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                problem = memory_advice(self.config, self.micro_batch)
+            # Outside the handler, whose traceback would keep the activations alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            if not (self.config.split_on_out_of_memory and self.micro_batch % 2 == 0):
+                raise UserError(problem)
+            self.splits *= 2
         counters = self.counters
         counters.update += 1
         # Stages may depend on the clock: all processes follow the first one's.
         clock = [counters.seconds + time.monotonic() - began]
         counters.seconds = float(broadcast_object_list(clock)[0])
         counters.skipped = counters.skipped + 1 if outcome.skipped else 0
-        self.between_updates = True
-        if counters.skipped >= MAX_SKIPPED:
-            raise UserError(
-                f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a gradient "
-                "that is not finite; lower --learning-rate, or use --precision fp32"
-            )
         return stage, outcome
+
+    def check_skipped(self) -> None:
+        """Give up where updates in a row changed nothing.
+
+        Raises:
+            UserError: after `MAX_SKIPPED` of them.
+        """
+        if self.counters.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a reward or a "
+                "gradient that is not finite; lower --learning-rate, or use --precision fp32"
+            )
+
+    def asked_to_stop(self, asked: int | None) -> int | None:
+        """The signal that any process got, agreed on by all."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        number = torch.tensor([float(asked or 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(number).max()) or None
 
     # What is kept
 
@@ -242,16 +276,21 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
-    def restore(self, saved: Checkpoint) -> None:
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: weights and AdamW's two moments in fp32."""
+        loras = range(1, self.nets.loras + 1)
+        return 12 * sum(p.numel() for n in loras for p in self.nets.parameters_of(n).values())
+
+    def restore(self, saved: Checkpoint, *, allow_change: bool = False) -> None:
         """Go back to a checkpoint.
 
         Raises:
             UserError: if the prompts or the shortcut are no longer those of the run.
         """
-        if saved.state["inputs"] != self.inputs:
+        if saved.state["inputs"] != self.inputs and not allow_change:
             raise UserError(
                 "--resume: the prompts or the shortcut's file changed since the checkpoint; "
-                "restore them, or start a new run in another --output-dir"
+                "restore them, pass --allow-change, or start a new run in another --output-dir"
             )
         for number in range(1, self.nets.loras + 1):
             copy_state(self.nets, number, saved.tensors[f"lora_{number}"])
@@ -301,6 +340,34 @@ class Trainer:
             batch_size=self.micro_batch,
         )
         return prompts, images
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def memory_advice(config: Config, micro_batch: int) -> str:
+    """Which options save how much, of those that are not in use yet."""
+    advice = []
+    if not config.recompute:
+        advice.append("--recompute (activations of one call instead of all)")
+    if config.guidance_grad == "both":
+        advice.append("--guidance-grad positive (half of each call)")
+    if micro_batch > 1:
+        advice.append(f"--accumulation {config.batch_size} (pictures one by one, same updates)")
+    if config.precision == "fp32":
+        advice.append("--precision bf16 (half)")
+    if config.merge_shortcut:
+        advice.append("--no-merge-shortcut (no second copy of its layers)")
+    ways = ", ".join(advice) or "a smaller --rank, or a smaller model"
+    return (
+        f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
+        f"nothing is lost, go on by --resume with {ways}"
+    )
 
 
 def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:

@@ -1,0 +1,81 @@
+"""Scoring pictures by rewards that may be anybody's: every way to fail is named."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from shortft.errors import UserError
+from shortft.rewards.combine import WeightedSum
+
+
+def judge(
+    reward: WeightedSum, images: Tensor, prompts: Sequence[str], *, seconds: float | None
+) -> dict[str, Tensor]:
+    """Each part's scores (B,), differentiable in the pixels.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        seconds: after which a part counts as hanging; None waits for ever.
+
+    Raises:
+        UserError: naming the part that raised, hung, gave the wrong shape, or gave no gradient.
+    """
+    parts = {}
+    for part, _ in reward.parts:
+        try:
+            with time_limit(seconds, f"--reward {part.name}"):
+                scores = part(images, prompts)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"--reward {part.name}: raised {type(error).__name__}"
+                f"{': ' + reason[0] if reason else ''}; the whole traceback is in error.txt"
+            ) from error
+        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise UserError(
+                f"--reward {part.name}: returned {got}; return one score per picture, shape "
+                f"({len(images)},)"
+            )
+        if images.requires_grad and not scores.requires_grad:
+            raise UserError(
+                f"--reward {part.name}: its scores carry no gradient; compute them from the "
+                "pixels by torch operations, without no_grad, detach, NumPy or PIL"
+            )
+        parts[part.name] = scores
+    return parts
+
+
+@contextmanager
+def time_limit(seconds: float | None, what: str) -> Iterator[None]:
+    """Raise if the body takes longer, on the main thread of systems that have timers.
+
+    Raises:
+        UserError: naming what took too long.
+    """
+    usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if seconds is None or not usable:
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise UserError(
+            f"{what}: took longer than {seconds:g} s; raise --reward-seconds, or mend the reward"
+        )
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,101 @@
+"""Signals stop a run at a safe place, and it goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from shortft.config import Config, load_config, to_yaml
+from shortft.errors import Stopped
+from shortft.interrupts import Interrupts
+from shortft.train import train
+from test_train import weights
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # lets Python run the handler
+
+
+def test_a_signal_waits_while_it_is_held():
+    with Interrupts(immediate=True) as interrupts:
+        interrupts.hold()
+        send(signal.SIGTERM)
+        assert interrupts.asked == signal.SIGTERM
+        with pytest.raises(Stopped) as stopped:
+            interrupts.release()
+    assert stopped.value.signal == signal.SIGTERM
+
+
+def test_a_signal_stops_at_once_elsewhere_and_is_only_noted_with_several_processes():
+    with Interrupts(immediate=True), pytest.raises(Stopped):
+        send(signal.SIGINT)
+    with Interrupts(immediate=False) as interrupts:
+        send(signal.SIGINT)
+        assert interrupts.asked == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("place", ["chain", "reward", "backward", "optimizer", "look", "saving"])
+def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
+    settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    whole = Config(**{**settings, "output_dir": tmp_path / "whole"})
+    train(whole)
+    config = Config(**{**settings, "output_dir": tmp_path / "parts"})
+    module, name = {
+        "chain": ("shortft.step", "run_chain"),
+        "reward": ("shortft.step", "judge"),
+        "backward": ("shortft.step", "average_gradients"),
+        "optimizer": ("torch.optim.AdamW", "step"),
+        "look": ("shortft.trainer", "generate"),
+        "saving": ("shortft.trainer", "save_checkpoint"),
+    }[place]
+    owner = torch.optim.AdamW if place == "optimizer" else sys.modules[module]
+    original, calls = getattr(owner, name), [0]
+
+    def interrupted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            send(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(Stopped):
+            train(config)
+    assert not (config.output_dir / "adapter").exists()
+    train(config, resume=True)
+    one, two = weights(whole.output_dir / "adapter"), weights(config.output_dir / "adapter")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_exit_codes_of_the_command(settings, tmp_path: Path):
+    config = tmp_path / "run.yaml"
+    change = {"updates": 100_000, "checkpoint_every": 0, "sample_every": 0}
+    config.write_text(to_yaml(load_config(None, {**settings, **change})))
+    command = [sys.executable, "-m", "shortft", "train", str(config)]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        resume = ["--resume"] if number == signal.SIGINT else []
+        process = subprocess.Popen([*command, *resume], stderr=subprocess.PIPE, text=True)
+        log = Path(str(settings["output_dir"])) / "metrics.jsonl"
+        deadline, length = time.monotonic() + 90, log.stat().st_size if log.exists() else 0
+        while time.monotonic() < deadline and not (
+            log.exists() and log.stat().st_size > length + 300
+        ):
+            time.sleep(0.1)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert time.monotonic() - began < 30
+        assert "Traceback" not in errors
+    assert list((Path(str(settings["output_dir"])) / "checkpoints").glob("update-*"))

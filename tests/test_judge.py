@@ -1,0 +1,65 @@
+"""Every way in which somebody's reward can fail is named, with the remedy."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from shortft.errors import UserError
+from shortft.judge import judge
+from shortft.rewards.combine import WeightedSum
+
+
+class Odd:
+    """A reward that does what it is told."""
+
+    name, report_name, report_higher_is_better = "odd", "odd", True
+
+    def __init__(self, does):
+        self.does = does
+
+    def __call__(self, images: Tensor, prompts) -> Tensor:
+        return self.does(images)
+
+    report = __call__
+
+
+IMAGES = torch.rand(3, 3, 4, 4, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        (lambda x: 1 / 0, "--reward odd: raised ZeroDivisionError: division by zero"),
+        (lambda x: x.mean(), r"--reward odd: returned \(\); return one score per picture"),
+        (lambda x: x.mean((1, 2)), r"returned \(3, 4\)"),
+        (lambda x: [1.0, 2.0, 3.0], "returned list"),
+        (lambda x: x.detach().mean((1, 2, 3)), "carry no gradient"),
+        (lambda x: time.sleep(5), "took longer than 0.1 s; raise --reward-seconds"),
+    ],
+)
+def test_each_failure_is_named(does, message: str):
+    with pytest.raises(UserError, match=message):
+        judge(WeightedSum([(Odd(does), 1.0)]), IMAGES, ["a"] * 3, seconds=0.1)
+
+
+def test_a_good_reward_passes_and_pictures_without_gradient_need_none():
+    reward = WeightedSum([(Odd(lambda x: x.mean((1, 2, 3))), 1.0)])
+    assert judge(reward, IMAGES, ["a"] * 3, seconds=1)["odd"].requires_grad
+    assert judge(reward, IMAGES.detach(), ["a"] * 3, seconds=None)["odd"].shape == (3,)
+
+
+def test_errors_that_are_told_already_and_memory_pass_through():
+    def told(x: Tensor) -> Tensor:
+        raise UserError("told")
+
+    def full(x: Tensor) -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(UserError, match="told"):
+        judge(WeightedSum([(Odd(told), 1.0)]), IMAGES, ["a"] * 3, seconds=1)
+    with pytest.raises(MemoryError):
+        judge(WeightedSum([(Odd(full), 1.0)]), IMAGES, ["a"] * 3, seconds=1)
