@@ -29,7 +29,8 @@ ALLOWED = {
     "families": {"assets", "errors", "quiet", "schedule"},
     "networks": {"families", "plans"},
     "adapter": {"errors", "networks", "plans", "quiet", "schedule"},
-    "step": {"chain", "families", "networks", "plans", "rewards", "schedule", "seeds"},
+    "judge": {"errors", "rewards"},
+    "step": {"chain", "families", "judge", "networks", "plans", "rewards", "schedule", "seeds"},
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@runtime_checkable
 class Reward(Protocol):
     """A score of pictures that gradients can climb, and the figure that a report shows for it.
 
@@ -19,7 +20,7 @@ class Reward(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in `REWARDS`, or the whole specification of a mix."""
+        """Name in `REWARDS`, ``file.py:name``, or the whole specification of a mix."""
         ...
 
     @property

@@ -1,130 +1,113 @@
-"""Text alignment by any CLIPModel: the embedded scorer, OpenAI's CLIP, PickScore, ..."""
+"""Text alignment by any CLIPModel or SiglipModel: the embedded scorer, OpenAI's CLIP, ..."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    SiglipModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import logging as transformers_logging
 
+from shortft.assets import asset
 from shortft.errors import UserError
-from shortft.inputs import check_model_source
+from shortft.rewards.files import cannot_load, no_progress_bar
+from shortft.rewards.places import Place, parse_reward_models
 from shortft.rewards.preprocess import ClipPreprocess
 
-_OPTION = "--reward-model"
 _CACHED_PROMPTS = 8192  # 33 MB at 1,024 features
 
 
 class ClipReward:
-    """Cosine between a picture's and its prompt's CLIP embedding, in [-1, 1].
+    """Cosine between a picture's and its prompt's embedding, in [-1, 1].
 
-    ``scale="logit"`` multiplies it by the model's own temperature ``exp(logit_scale)``, which is
-    what PickScore publishes (about 18 to 24).
+    The model is frozen and runs in its own number format whatever autocast says. Prompts longer
+    than the model's text length are cut off, as the published scorers do.
 
-    The model is frozen and runs in float32 whatever autocast says. Prompts longer than the
-    model's text length are cut off, as the published scorers do.
+    Args:
+        model: CLIPModel or SiglipModel; it is moved to `dtype` and frozen.
+        tokenizer: the model's own.
+        preprocess: the model's own.
+        name: name in `REWARDS`.
+        report_name: what the report shows.
+        report_scale: the report is so many times the cosine, in the unit that was published.
+        dtype: number format of the model; scores are float32 always.
     """
 
-    name = "clip"
-    report_name = "CLIP cosine"
     report_higher_is_better = True
 
     def __init__(
         self,
-        model: CLIPModel,
-        tokenizer: CLIPTokenizer,
+        model: CLIPModel | SiglipModel,
+        tokenizer: PreTrainedTokenizerBase,
         preprocess: ClipPreprocess,
-        scale: Literal["cosine", "logit"] = "cosine",
+        *,
+        name: str = "clip",
+        report_name: str = "CLIP cosine",
+        report_scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model.float().eval().requires_grad_(False)
+        self.model = model.to(dtype).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
-        self.scale = float(model.logit_scale.exp()) if scale == "logit" else 1.0
+        self.name = name
+        self.report_name = report_name
+        self.report_scale = report_scale
         self._max_tokens = min(
             tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings
         )
+        # SigLIP learned with padding that it does not mask.
+        self._padding = "max_length" if isinstance(model, SiglipModel) else "longest"
         self._text_features: dict[str, Tensor] = {}
 
     @classmethod
     def load(
         cls,
-        source: str | Path | None = None,
+        source: str | Path | Place | None = None,
         device: torch.device | str = "cpu",
-        *,
-        processor: str | Path | None = None,
-        scale: Literal["cosine", "logit"] = "cosine",
+        dtype: torch.dtype = torch.float32,
     ) -> ClipReward:
-        """Load a CLIPModel with its tokenizer and image preprocessing.
+        """Load a CLIPModel or SiglipModel with its tokenizer and image preprocessing.
 
         Args:
             source: directory or hub id in transformers' layout; None = the embedded scorer.
             device: where the model lives and where pictures must be.
-            processor: where tokenizer and ``preprocessor_config.json`` lie if not beside the
-                weights (PickScore: ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``).
-            scale: ``"cosine"`` or ``"logit"``.
+            dtype: number format of the model.
 
         Raises:
-            UserError: the model cannot be found or read, or is not a CLIPModel.
+            UserError: the model cannot be found or read, or is of another kind.
         """
         if source is None:
-            source = Path(str(resources.files("shortft"))) / "assets" / "scorers" / "reward"
-        source = check_model_source(_OPTION, str(source))
-        processor = source if processor is None else check_model_source(_OPTION, str(processor))
-        # The fused kernel's backward is slower than plain attention on CPUs.
-        attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
-        try:
-            model_type = AutoConfig.from_pretrained(source).model_type
-            if model_type != "clip":
-                raise UserError(f"{_OPTION} {source}: is a {model_type} model; give a CLIPModel")
-            with _no_progress_bar():
-                loaded: Any = CLIPModel.from_pretrained(
-                    source,
-                    dtype=torch.float32,
-                    attn_implementation=attention,
-                    output_loading_info=True,
-                )
-            model, loading = loaded
-            if loading["missing_keys"]:
-                missing = sorted(loading["missing_keys"])[0]
-                raise UserError(
-                    f"{_OPTION} {source}: weight {missing} is missing; give the whole CLIPModel, "
-                    "as save_pretrained writes it"
-                )
-            tokenizer = CLIPTokenizer.from_pretrained(processor)
-            config, _ = ImageProcessingMixin.get_image_processor_dict(processor)
-            preprocess = ClipPreprocess.from_config(config)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{_OPTION} {source}: cannot be loaded ({' '.join(str(error).split())}); give a "
-                "directory with a CLIPModel, its tokenizer and preprocessor_config.json"
-            ) from error
-        return cls(model.to(device), tokenizer, preprocess, scale)
+            source = asset("scorers", "reward")
+        place = source if isinstance(source, Place) else parse_reward_models(str(source))["clip"]
+        model, preprocess = load_clip_model(place, device, dtype)
+        tokenizer = load_tokenizer(place, place.source, isinstance(model, SiglipModel))
+        return cls(model, tokenizer, preprocess, dtype=dtype)
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (B,), differentiable in the pixels."""
+        """Cosine (B,), differentiable in the pixels."""
         if len(prompts) != len(images_BCHW):
             raise ValueError(f"{len(images_BCHW)} pictures but {len(prompts)} prompts")
-        return self.scale * (self.embed_images(images_BCHW) * self.embed_texts(prompts)).sum(-1)
+        return (self.embed_images(images_BCHW) * self.embed_texts(prompts)).sum(-1)
 
     @torch.no_grad()
     def report(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine (B,) in [-1, 1], whatever `scale` is."""
-        return self(images_BCHW, prompts) / self.scale
+        """Cosine (B,) times `report_scale`."""
+        return self(images_BCHW, prompts) * self.report_scale
 
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
         """Unit-length features (B, D) of pictures in [0, 1], differentiable in the pixels."""
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            pixels = self.preprocess(images_BCHW)
-            features = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return F.normalize(features, dim=-1)
+        return image_features(self.model, self.preprocess, images_BCHW)
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
@@ -137,24 +120,78 @@ class ClipReward:
             device = self.model.device
             tokens = self.tokenizer(
                 new,
-                padding=True,
+                padding=self._padding,
                 truncation=True,
                 max_length=self._max_tokens,
                 return_tensors="pt",
             ).to(device)
             with torch.autocast(device.type, enabled=False):
-                features = self.model.get_text_features(**tokens).pooler_output
+                features = self.model.get_text_features(**tokens).pooler_output.float()
             self._text_features.update(zip(new, F.normalize(features, dim=-1), strict=True))
         return torch.stack([self._text_features[text] for text in prompts])
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar while it reads weights; ours stands alone on the terminal."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def image_features(
+    model: CLIPModel | SiglipModel, preprocess: ClipPreprocess, images_BCHW: Tensor
+) -> Tensor:
+    """Unit-length image features (B, D) in float32, differentiable in the pixels."""
+    with torch.autocast(images_BCHW.device.type, enabled=False):
+        pixels = preprocess(images_BCHW).to(model.dtype)
+        features = model.get_image_features(pixel_values=pixels).pooler_output
+    return F.normalize(features.float(), dim=-1)
+
+
+def load_clip_model(
+    place: Place,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    processor: str | None = None,
+) -> tuple[CLIPModel | SiglipModel, ClipPreprocess]:
+    """The model of `place`, and its preprocessing from there or from the directory `processor`.
+
+    Raises:
+        UserError: it cannot be found or read, or is of another kind.
+    """
+    # The fused kernel's backward is slower than plain attention on CPUs.
+    attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    source, revision = place.source, place.revision
     try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
+        if model_type not in ("clip", "siglip"):
+            raise UserError(f"{place}: is a {model_type} model; give a CLIPModel or SiglipModel")
+        kind = CLIPModel if model_type == "clip" else SiglipModel
+        with no_progress_bar():
+            loaded: Any = kind.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+        model, loading = loaded
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])[0]
+            raise UserError(
+                f"{place}: weight {missing} is missing; give the whole model, as save_pretrained "
+                "writes it"
+            )
+        config, _ = ImageProcessingMixin.get_image_processor_dict(
+            processor or source, revision="main" if processor else revision
+        )
+        preprocess = ClipPreprocess.from_config(config, siglip=model_type == "siglip")
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError, for one, is nothing narrower
+        raise cannot_load(place, error) from error
+    return model.to(device), preprocess
+
+
+def load_tokenizer(place: Place, source: str, siglip: bool = False) -> PreTrainedTokenizerBase:
+    """CLIP's tokenizer, or whichever a SigLIP names, from `source`; raises `UserError`."""
+    revision = place.revision if source == place.source else "main"
+    kind: Any = AutoTokenizer if siglip else CLIPTokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(source, revision=revision)
+    except Exception as error:
+        raise cannot_load(place, error) from error
+    return tokenizer

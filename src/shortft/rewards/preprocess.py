@@ -21,33 +21,50 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+_SIGLIP_DEFAULTS: dict[str, Any] = {
+    **_CLIP_DEFAULTS,
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 
 
 @dataclass(frozen=True)
 class ClipPreprocess:
-    """Resize, centre crop and normalise, as CLIPImageProcessor does, without PIL or rounding.
+    """Resize, crop and normalise as the published preprocessing does, without PIL or rounding.
 
-    The processor works on 8-bit pictures and rounds again after resizing; this does not, so
+    A processor works on 8-bit pictures and rounds again after resizing; this does not, so
     pixels differ from the published way by at most the rounding and the filter's fixed-point
     arithmetic (about 0.004 on average after resizing, in normalised units).
     """
 
     resize: int | tuple[int, int] | None
-    """Length of the shorter side, or (height, width); None leaves the size alone."""
+    """Length of the shorter side (of the longer one if `pad`), or (height, width); None leaves
+    the size alone."""
     crop: tuple[int, int] | None
     """(height, width) of the centre crop, zero-padded where the picture is smaller."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mode: str = "bicubic"
+    pad: bool = False
+    """Fit the longer side to `resize` and pad with black to a square, as HPSv2's open_clip does
+    (``ResizeMaxSize``; it forgets to pad where nothing is resized, this always does)."""
+    round_crop: bool = False
+    """Round the crop's corner half to even, as torchvision does, instead of down."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ClipPreprocess:
+    def from_config(cls, config: Mapping[str, Any], *, siglip: bool = False) -> ClipPreprocess:
         """From the keys of ``preprocessor_config.json``; missing ones take CLIP's defaults.
+
+        Args:
+            config: what the file holds.
+            siglip: take SiglipImageProcessor's defaults instead of CLIPImageProcessor's.
 
         Raises:
             ValueError: a size or filter that has no counterpart here.
         """
-        config = {**_CLIP_DEFAULTS, **config}
+        config = {**(_SIGLIP_DEFAULTS if siglip else _CLIP_DEFAULTS), **config}
         if config["resample"] not in _FILTERS:
             raise ValueError(f"resample {config['resample']} is not supported")
         normalize = config["do_normalize"]
@@ -59,6 +76,18 @@ class ClipPreprocess:
             mode=_FILTERS[config["resample"]],
         )
 
+    @classmethod
+    def of_clip(cls, size: int, *, pad: bool = False, round_crop: bool = False) -> ClipPreprocess:
+        """CLIP's own numbers for square inputs of `size` pixels."""
+        return cls(
+            resize=size,
+            crop=None if pad else (size, size),
+            mean=_CLIP_DEFAULTS["image_mean"],
+            std=_CLIP_DEFAULTS["image_std"],
+            pad=pad,
+            round_crop=round_crop,
+        )
+
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, h, w) normalised, in float32."""
         images = images_BCHW.float()
@@ -68,8 +97,10 @@ class ClipPreprocess:
             images = F.interpolate(
                 images, size=target, mode=self.mode, align_corners=False, antialias=True
             ).clamp(0, 1)  # the filter overshoots at edges, where PIL's 8 bits saturate
+        if self.pad and isinstance(self.resize, int):
+            images = _pad_to_square(images, self.resize)
         if self.crop is not None:
-            images = _center_crop(images, *self.crop)
+            images = _center_crop(images, *self.crop, rounded=self.round_crop)
         mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.std).view(1, 3, 1, 1)
         return (images - mean) / std
@@ -80,17 +111,29 @@ class ClipPreprocess:
         if isinstance(self.resize, tuple):
             return self.resize
         short, long = min(height, width), max(height, width)
+        if self.pad:
+            scale = self.resize / long
+            return round(height * scale), round(width * scale)
         long = int(self.resize * long / short)  # truncated, as transformers does
         return (self.resize, long) if height <= width else (long, self.resize)
 
 
-def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
+def _center_crop(images: Tensor, height: int, width: int, *, rounded: bool) -> Tensor:
     """Centre crop; sides that are too short are padded with black, the odd pixel in front."""
     pad_y, pad_x = max(height - images.shape[-2], 0), max(width - images.shape[-1], 0)
     if pad_y or pad_x:
         images = F.pad(images, (-(-pad_x // 2), pad_x // 2, -(-pad_y // 2), pad_y // 2))
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    spare_y, spare_x = images.shape[-2] - height, images.shape[-1] - width
+    top, left = (
+        (round(spare_y / 2), round(spare_x / 2)) if rounded else (spare_y // 2, spare_x // 2)
+    )
     return images[..., top : top + height, left : left + width]
+
+
+def _pad_to_square(images: Tensor, side: int) -> Tensor:
+    """Black around the picture, the odd pixel behind."""
+    pad_y, pad_x = side - images.shape[-2], side - images.shape[-1]
+    return F.pad(images, (pad_x // 2, -(-pad_x // 2), pad_y // 2, -(-pad_y // 2)))
 
 
 def _size(size: int | Mapping[str, int], *, square: bool) -> int | tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortft.rewards.base import Reward
+from shortft.rewards.places import HUB, Place, reward_places
 
 if TYPE_CHECKING:
     import torch
@@ -14,32 +15,64 @@ if TYPE_CHECKING:
     from shortft.rewards.clip import ClipReward
     from shortft.rewards.combine import WeightedSum
 
-RewardFactory = Callable[["str | Path | None", "torch.device | str"], Reward]
-"""(CLIP model or None for the embedded one, device) -> Reward"""
+RewardFactory = Callable[["Place | None", "torch.device | str", "torch.dtype"], Reward]
+"""(where its model lies, None where there is none; device; number format of models) -> Reward"""
 
 
-def _clip(scorer: str | Path | None, device: torch.device | str) -> Reward:
+def _clip(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
     from shortft.rewards.clip import ClipReward
 
-    return ClipReward.load(scorer, device)
+    return ClipReward.load(place, device, dtype)
 
 
-def _symmetry(scorer: str | Path | None, device: torch.device | str) -> Reward:
+def _symmetry(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
     from shortft.rewards.symmetry import Symmetry
 
     return Symmetry()
 
 
-def _compressibility(scorer: str | Path | None, device: torch.device | str) -> Reward:
+def _compressibility(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
     from shortft.rewards.compressibility import Compressibility
 
     return Compressibility()
 
 
-def _incompressibility(scorer: str | Path | None, device: torch.device | str) -> Reward:
+def _incompressibility(
+    place: Place | None, device: torch.device | str, dtype: torch.dtype
+) -> Reward:
     from shortft.rewards.compressibility import Compressibility
 
     return Compressibility(larger=True)
+
+
+def _pickscore(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    from shortft.rewards.pickscore import load_pickscore
+
+    return load_pickscore(place or HUB["pickscore"], device, dtype)
+
+
+def _hpsv2(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    from shortft.rewards.hps import load_hps
+
+    return load_hps(place or HUB["hpsv2"], device, dtype)
+
+
+def _hpsv21(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    from shortft.rewards.hps import load_hps
+
+    return load_hps(place or HUB["hpsv2.1"], device, dtype)
+
+
+def _imagereward(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    from shortft.rewards.imagereward import load_imagereward
+
+    return load_imagereward(place or HUB["imagereward"], device, dtype)
+
+
+def _aesthetic(place: Place | None, device: torch.device | str, dtype: torch.dtype) -> Reward:
+    from shortft.rewards.aesthetic import load_aesthetic
+
+    return load_aesthetic(place or HUB["aesthetic"], device, dtype)
 
 
 REWARDS: dict[str, RewardFactory] = {
@@ -47,27 +80,49 @@ REWARDS: dict[str, RewardFactory] = {
     "symmetry": _symmetry,
     "compressibility": _compressibility,
     "incompressibility": _incompressibility,
+    "pickscore": _pickscore,
+    "hpsv2": _hpsv2,
+    "hpsv2.1": _hpsv21,
+    "imagereward": _imagereward,
+    "aesthetic": _aesthetic,
 }
 
 
 def make_reward(
-    spec: str, scorer: str | Path | None = None, device: torch.device | str = "cpu"
+    spec: str,
+    models: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> WeightedSum:
     """Build the reward that `spec` names, one name or a weighted mix.
 
     Args:
         spec: ``"clip"`` or ``"clip:1,symmetry:0.2"``, see `parse_reward_spec`.
-        scorer: CLIP model of the ``clip`` part: a directory or a hub id; None = the embedded one.
-        device: where that model lives; rewards without a model follow their pictures.
+        models: where models lie, see `parse_reward_models`; None = the embedded one for ``clip``,
+            the hub for the others.
+        device: where models live; rewards without a model follow their pictures.
+        dtype: number format of models, None = float32; scores are float32 always.
 
     Raises:
-        UserError: bad specification, or the CLIP model cannot be loaded.
+        UserError: bad specification, or a model cannot be loaded.
     """
+    import torch
+
     from shortft.rewards.combine import WeightedSum
+    from shortft.rewards.own import load_own
     from shortft.rewards.spec import parse_reward_spec
 
     parts = parse_reward_spec(spec)
-    return WeightedSum([(REWARDS[name](scorer, device), weight) for name, weight in parts])
+    places = reward_places({name for name, _ in parts}, None if models is None else str(models))
+    dtype = dtype or torch.float32
+    return WeightedSum(
+        [
+            (REWARDS[name](places.get(name), device, dtype), weight)
+            if name in REWARDS
+            else (load_own(name, device), weight)
+            for name, weight in parts
+        ]
+    )
 
 
 def held_out_scorer(model: str, device: torch.device | str = "cpu") -> ClipReward | None:

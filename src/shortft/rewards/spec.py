@@ -4,38 +4,67 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 
 from shortft.errors import UserError
+from shortft.rewards.own import check_file, installed, is_file_spec
 from shortft.rewards.registry import REWARDS
 
-ANCHORS = frozenset({"clip"})
+ANCHORS = frozenset({"clip", "pickscore", "hpsv2", "hpsv2.1", "imagereward"})
 """Rewards that tie a picture to its prompt, so that it cannot win by showing nothing."""
+
+MIXES = {
+    "paper-mix": "pickscore:10,hpsv2:2,aesthetic:0.05",
+    "symmetry-hpsv2": "symmetry:10,hpsv2:1",
+    "compressibility-hpsv2": "compressibility:10,hpsv2:1",
+}
+"""Named recipes; docs/rewards.md says where they come from."""
+
+_ITEM = re.compile(r"(?P<name>.*?\.py\s*:\s*\w+|[^:]*)(?P<weight>:.*)?")
 
 
 def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
     """``"clip:1,symmetry:0.2"`` -> ``[("clip", 1.0), ("symmetry", 0.2)]``; no weight means 1.
 
+    A name is one of `REWARDS`, a recipe of `MIXES` (its parts take its place, times its weight),
+    a user's ``file.py:name``, or an entry point of the group ``shortft.rewards``.
+
     Raises:
-        UserError: nothing named, an unknown or repeated name, or a weight that is not a
-            positive number.
+        UserError: nothing named, an unknown or repeated name, a file without that name, or a
+            weight that is not a positive number.
     """
-    known = ", ".join(REWARDS)
     parts: list[tuple[str, float]] = []
     for item in spec.split(","):
-        name, colon, weight_text = (text.strip() for text in item.partition(":"))
-        if not name:
-            raise UserError(
-                f"--reward {spec!r}: a reward has no name; write e.g. clip or clip:1,symmetry:0.2 "
-                f"(known: {known})"
-            )
-        if name not in REWARDS:
-            nearest = difflib.get_close_matches(name.lower(), REWARDS, n=1)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
-            raise UserError(f"--reward {spec}: no reward named {name!r}; {hint}known: {known}")
-        if name in dict(parts):
-            raise UserError(f"--reward {spec}: {name} stands twice; name each reward once")
-        parts.append((name, _weight(spec, name, weight_text) if colon else 1.0))
+        match = _ITEM.fullmatch(item.strip())
+        name = re.sub(r"\s*:\s*", ":", match["name"].strip()) if match else ""
+        colon, weight_text = bool(match and match["weight"]), match["weight"] if match else None
+        weight = _weight(spec, name, (weight_text or "")[1:].strip()) if colon and name else 1.0
+        for part, factor in _named(spec, name):
+            if part in dict(parts):
+                raise UserError(f"--reward {spec}: {part} stands twice; name each reward once")
+            parts.append((part, factor * weight))
     return parts
+
+
+def _named(spec: str, name: str) -> list[tuple[str, float]]:
+    """The parts that a name stands for."""
+    known = ", ".join([*REWARDS, *MIXES, "path/to/file.py:name"])
+    if not name:
+        raise UserError(
+            f"--reward {spec!r}: a reward has no name; write e.g. clip or clip:1,symmetry:0.2 "
+            f"(known: {known})"
+        )
+    if name in MIXES:
+        return parse_reward_spec(MIXES[name])
+    if is_file_spec(name):
+        check_file(name)
+    elif name.endswith(".py"):
+        raise UserError(f"--reward {spec}: name the function in it, such as {name}:my_reward")
+    elif name not in REWARDS and installed(name) is None:
+        nearest = difflib.get_close_matches(name.lower(), [*REWARDS, *MIXES], n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(f"--reward {spec}: no reward named {name!r}; {hint}known: {known}")
+    return [(name, 1.0)]
 
 
 def _weight(spec: str, name: str, text: str) -> float:
@@ -52,9 +81,12 @@ def _weight(spec: str, name: str, text: str) -> float:
 
 
 def anchor_warning(spec: str) -> str | None:
-    """One line to show before *training* on a reward that blank pictures win, else None."""
+    """One line to show before *training* on a reward that blank pictures win, else None.
+
+    Nothing is said of a user's own reward, which may well be an anchor.
+    """
     names = [name for name, _ in parse_reward_spec(spec)]
-    if ANCHORS & set(names):
+    if any(name in ANCHORS or name not in REWARDS for name in names):
         return None
     return (
         f"--reward {spec}: nothing ties the pictures to their prompts, so they are likely to turn "

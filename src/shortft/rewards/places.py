@@ -1,0 +1,140 @@
+"""Where reward models lie: on the hub, or where ``--reward-model`` says. Loads no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shortft.errors import UserError
+
+OPTION = "--reward-model"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json"}  # of files, never of hub ids
+_PLACE = re.compile(r"(?P<source>.+?)(?:@(?P<revision>[^@#]+))?(?:#(?P<sha256>[^#]*))?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one reward's model lies."""
+
+    reward: str
+    """The reward's name in `REWARDS`."""
+    source: str
+    """A directory, a file, or a hub id ``owner/name``."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub; without meaning for local files."""
+    sha256: str | None = None
+    """What the weights file must have, 64 hexadecimal digits; None = not known."""
+
+    def __str__(self) -> str:
+        """How messages name it: what the user typed, or the reward that it stands for."""
+        if self == HUB.get(self.reward):
+            return f"--reward {self.reward}: {self.source}"
+        name = "" if self.reward == "clip" else f"{self.reward}="
+        return f"{OPTION} {name}{self.source}"
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.source).exists()
+
+
+# No commit hash or checksum is known: the hub could not be reached when this was written. Fill
+# them in as `revision` and `sha256`; until then a user can give both, see docs/rewards.md.
+HUB = {
+    place.reward: place
+    for place in (
+        Place("pickscore", "yuvalkirstain/PickScore_v1"),
+        Place("hpsv2", "xswu/HPSv2"),
+        Place("hpsv2.1", "xswu/HPSv2"),
+        Place("imagereward", "THUDM/ImageReward"),
+        Place("aesthetic", "trl-lib/ddpo-aesthetic-predictor"),
+    )
+}
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""PickScore's and HPSv2's tokenizer and preprocessing, where none lie beside the weights."""
+FILES = {
+    "hpsv2": "HPS_v2_compressed.pt",
+    "hpsv2.1": "HPS_v2.1_compressed.pt",
+    "imagereward": "ImageReward.pt",
+    "aesthetic": "aesthetic-model.pth",
+}
+"""Weights files that are pickles, as the hub names them; PickScore and CLIP are directories."""
+MODELS = ("clip", *HUB)
+"""Rewards that ``--reward-model`` can give a model."""
+
+
+def parse_reward_models(text: str | None) -> dict[str, Place]:
+    """``"pickscore=/models/pick,hpsv2=/models/HPS_v2.pt#<sha256>"`` -> places by reward.
+
+    A value without a name is the model of ``clip``. A hub id may carry ``@revision``, a weights
+    file its ``#sha256``.
+
+    Raises:
+        UserError: an unknown or repeated name, nothing there, or an impossible checksum.
+    """
+    if text is None:
+        return {}
+    if Path(text).is_dir() or _HUB_ID.fullmatch(text):  # may hold any character
+        return {"clip": _place("clip", text)}
+    places: dict[str, Place] = {}
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            name, value = "clip", name
+        if name not in MODELS:
+            raise UserError(
+                f"{OPTION} {item}: no reward {name!r} with a model; write NAME=PLACE with one of "
+                f"{', '.join(MODELS)}"
+            )
+        if name in places:
+            raise UserError(f"{OPTION} {text}: {name} stands twice; give each model once")
+        places[name] = _place(name, value)
+    return places
+
+
+def reward_places(names: set[str], models: str | None) -> dict[str, Place]:
+    """The place of every named reward that has a model; ``clip`` may be absent (embedded).
+
+    Raises:
+        UserError: see `parse_reward_models`; or `models` gives ``clip`` one, and the reward is
+            made of others.
+    """
+    given = parse_reward_models(models)
+    others = sorted(names & HUB.keys())
+    if set(given) == {"clip"} and "clip" not in names and others:
+        raise UserError(
+            f"{OPTION} {models}: is a model for clip, which the reward does not hold; write "
+            f"{OPTION} {others[0]}={models}"
+        )
+    return {name: place for name, place in {**HUB, **given}.items() if name in names}
+
+
+def _place(name: str, text: str) -> Place:
+    if not text:
+        raise UserError(f"{OPTION} {name}=: no place given; give a directory or a hub id")
+    if Path(text).exists():  # then @ and # belong to the path
+        place = Place(name, text)
+    else:
+        match = _PLACE.fullmatch(text)
+        source, revision, sha256 = match.groups() if match else (text, None, None)
+        place = Place(name, source, revision or "main", sha256)
+    _check(place)
+    return place
+
+
+def _check(place: Place) -> None:
+    file, path = FILES.get(place.reward), Path(place.source)
+    if place.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", place.sha256):
+        raise UserError(f"{place}#{place.sha256}: not a SHA-256; give its 64 hexadecimal digits")
+    if place.sha256 is not None and file is None:
+        raise UserError(f"{place}#{place.sha256}: only a .pt file has a checksum; leave it away")
+    if path.is_dir():
+        if file is not None and not (path / file).is_file():
+            raise UserError(f"{place}: holds no {file}; name the weights file itself")
+    elif path.is_file():
+        if file is None:
+            raise UserError(f"{place}: is a file; give the model's directory")
+    elif not _HUB_ID.fullmatch(place.source) or path.suffix in _SUFFIXES:
+        wanted = "a directory" if file is None else f"{file}, its directory"
+        raise UserError(f"{place}: no such model; give {wanted} or a hub id such as owner/name")
