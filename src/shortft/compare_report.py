@@ -24,8 +24,8 @@ HEADER = (
     "method",
     "reward, before → after",
     "gain",
-    "in its own unit, after",
-    "held-out scorer, change",
+    "in its own unit, before → after",
+    "held-out scorer, before → after",
     "diversity, change",
     "s per update",
     "updates",
@@ -123,13 +123,11 @@ def row(results: Results, reward: str, method: str) -> tuple[str, ...]:
         when = seconds_to_reach(runs, level)
         reached = "not reached" if when is None else f"{when:.0f} s"
     own = [
-        f"{first['name']} {'↑' if first['higher_is_better'] else '↓'}: "
+        f"{first['name']} {'↑' if first['higher_is_better'] else '↓'}: {first['before']:.4g} → "
         + spread([run["reports"][part]["after"] for run in runs], ".4g")
         for part, first in runs[0]["reports"].items()
     ]
-    held_out = [
-        run["held_out"]["after"] - run["held_out"]["before"] for run in runs if "held_out" in run
-    ]
+    held_out = [run["held_out"]["after"] for run in runs if "held_out" in run]
     variety = [
         100 * (run["diversity"]["after"] / run["diversity"]["before"] - 1)
         for run in runs
@@ -141,7 +139,7 @@ def row(results: Results, reward: str, method: str) -> tuple[str, ...]:
         f"{before:.3f} → {spread([run['reward']['after'] for run in runs], '.3f')}",
         spread([gain(run) for run in runs], "+.4f"),
         "<br>".join(own),
-        spread(held_out, "+.3f") if held_out else "none",
+        f"{runs[0]['held_out']['before']:.3f} → {spread(held_out, '.3f')}" if held_out else "none",
         f"{spread(variety, '+.0f')} %" if variety else "none",
         spread([run["seconds_per_update"] for run in runs], ".2f"),
         spread([run["updates"] for run in runs], ".0f"),
