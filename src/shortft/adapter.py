@@ -99,6 +99,11 @@ def read_info(directory: Path) -> AdapterInfo:
     return info
 
 
+def denoiser_of(pipe: Any) -> Any:
+    """A diffusers pipeline's denoiser: its transformer or its U-Net."""
+    return pipe.components.get("transformer") or pipe.components["unet"]
+
+
 class TimestepRouter:
     """Switches LoRAs by timestep inside a diffusers pipeline, until `remove` is called.
 
@@ -114,26 +119,30 @@ class TimestepRouter:
         self._names = [lora_name(n) for n in range(1, info.loras + 1)]
         self._others = others
         self._active: int | None = None
-        self._routes: dict[tuple[int, ...], dict[int, int]] = {}
-        self._hook = pipe.unet.register_forward_pre_hook(self._route, with_kwargs=True)
+        self._routes: dict[tuple[float, ...], dict[float, int]] = {}
+        self._denoiser = denoiser_of(pipe)
+        self._hook = self._denoiser.register_forward_pre_hook(self._route, with_kwargs=True)
         self._activate(0)
 
     def _route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         value = timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
         counts = self._counts()
-        if round(value) not in counts:
+        # Some networks are told a fraction of the training time, and half precision rounds it.
+        total = self._pipe.scheduler.config.num_train_timesteps
+        visited = min(counts, key=lambda t: min(abs(value - t), abs(value * total - t)))
+        if min(abs(value - visited), abs(value * total - visited)) > total / 200:
             raise RuntimeError(
                 f"the denoiser was called at timestep {value}, which is not in the pipeline's "
                 f"schedule {list(counts)}: the LoRAs cannot be routed"
             )
-        self._activate(counts[round(value)])
+        self._activate(counts[visited])
 
-    def _counts(self) -> dict[int, int]:
+    def _counts(self) -> dict[float, int]:
         """LoRAs per timestep, from the timesteps that the pipeline's scheduler visits now."""
         scheduler, info = self._pipe.scheduler, self.info
         # PNDM visits a timestep twice.
-        times = tuple(dict.fromkeys(round(float(t)) for t in scheduler.timesteps))
+        times = tuple(dict.fromkeys(float(t) for t in scheduler.timesteps))
         if times not in self._routes:
             parts = cut(times, info.segments, scheduler.config.num_train_timesteps)
             counts = adapters_at(parts, info.placement)
@@ -143,8 +152,8 @@ class TimestepRouter:
     def _activate(self, count: int) -> None:
         if count != self._active:
             own = dict.fromkeys(self._names[:count], self.strength)
-            activate(self._pipe.unet, own, keep=self._others)
-            self._pipe.unet.requires_grad_(False)
+            activate(self._denoiser, own, keep=self._others)
+            self._denoiser.requires_grad_(False)
             self._active = count
 
     def set_strength(self, strength: float) -> None:
@@ -162,9 +171,9 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     """Load an adapter into a diffusers pipeline and route it by timestep.
 
     Args:
-        pipe: a StableDiffusionPipeline. With a DDIM scheduler its pictures are those of
-            `shortft sample`; another scheduler takes other steps, and the LoRAs act at the ends
-            of the same segments of them.
+        pipe: a pipeline of the family that the adapter was trained on. With DDIM, or flow
+            matching's Euler steps, its pictures are those of `shortft sample`; another scheduler
+            takes other steps, and the LoRAs act at the ends of the same segments of them.
         path: the adapter directory written by ``shortft train``.
         strength: scale of the LoRAs; 1 as trained.
 
@@ -178,9 +187,10 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     directory = Path(path)
     info = read_info(directory)
     names = [lora_name(n) for n in range(1, info.loras + 1)]
-    if set(names) & set(getattr(pipe.unet, "peft_config", {})):
+    denoiser = denoiser_of(pipe)
+    if set(names) & set(getattr(denoiser, "peft_config", {})):
         raise UserError(f"{directory}: the pipeline holds an adapter already; remove() it first")
-    others = list(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", {}) else []
+    others = list(denoiser.active_adapters()) if getattr(denoiser, "peft_config", {}) else []
     for number, name in enumerate(names, start=1):
         try:
             with quiet(), torch.random.fork_rng(devices=[]):
@@ -188,7 +198,7 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
                     str(directory), weight_name=lora_file(number), adapter_name=name
                 )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            half_loaded = set(names) & set(getattr(pipe.unet, "peft_config", {}))
+            half_loaded = set(names) & set(getattr(denoiser, "peft_config", {}))
             if half_loaded:
                 pipe.delete_adapters(sorted(half_loaded))
             reason = str(error).strip().splitlines()[0]
@@ -210,7 +220,10 @@ def load_into(nets: ModelNetworks, directory: Path) -> None:
     for number in range(1, nets.loras + 1):
         path = directory / lora_file(number)
         try:
-            state = {key.removeprefix("unet."): v for key, v in load_file(path).items()}
+            state = {
+                key.removeprefix("unet.").removeprefix("transformer."): value
+                for key, value in load_file(path).items()
+            }
             copy_state(nets, number, state)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: does not fit {nets.family.source} ({error})") from error

@@ -9,6 +9,7 @@ flow matching (where alpha = 1 - sigma).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,23 +124,66 @@ def ddim_schedule(
     )
 
 
-def flow_schedule(num_steps: int, *, shift: float = 1.0, train_timesteps: int = 1000) -> Schedule:
+def flow_schedule(
+    num_steps: int,
+    *,
+    shift: float = 1.0,
+    smallest: float | None = None,
+    train_timesteps: int = 1000,
+) -> Schedule:
     """Flow matching's points for Euler steps: alpha = 1 - sigma (SD3, FLUX).
 
     Args:
         num_steps: N ≥ 1.
         shift: resolution shift of SD3 §5.3.2: sigma ↦ shift·sigma / (1 + (shift - 1)·sigma).
+        smallest: sigma of the last timestep before the shift; by default the smallest training
+            sigma, itself shifted, as in diffusers' FlowMatchEulerDiscreteScheduler.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    # diffusers' FlowMatchEulerDiscreteScheduler: from the largest shifted training sigma to the
-    # smallest, and shifted once more on the way.
-    smallest, largest = 1 / train_timesteps, 1.0
-    smallest = shift * smallest / (1 + (shift - 1) * smallest)
-    sigma = torch.linspace(largest, smallest, num_steps, dtype=torch.float64)
+    if smallest is None:
+        smallest = 1 / train_timesteps
+        smallest = shift * smallest / (1 + (shift - 1) * smallest)
+    sigma = torch.linspace(1.0, smallest, num_steps, dtype=torch.float64)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     points = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
     return Schedule(sigma * train_timesteps, 1 - points, points, "flow", train_timesteps)
+
+
+def flow_schedule_from_config(
+    config: Mapping[str, Any],
+    num_steps: int,
+    *,
+    tokens: int | None = None,
+    smallest: float | None = None,
+) -> Schedule:
+    """The schedule of a FlowMatchEulerDiscreteScheduler config.
+
+    Args:
+        tokens: image tokens of one sample. Where the config asks for a dynamic shift, mu lies on
+            the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+        smallest: as in `flow_schedule`.
+
+    Raises:
+        ValueError: for another scheduler or an option that is not supported.
+    """
+    if "FlowMatchEuler" not in str(config.get("_class_name", "")):
+        raise ValueError(f"the scheduler {config.get('_class_name')} is not supported")
+    options = ("karras_sigmas", "exponential_sigmas", "beta_sigmas")
+    for option in (*(f"use_{o}" for o in options), "shift_terminal", "invert_sigmas"):
+        if config.get(option):
+            raise ValueError(f"the scheduler's {option} is not supported")
+    total = int(config["num_train_timesteps"])
+    shift = float(config.get("shift", 1.0))
+    if config.get("use_dynamic_shifting"):
+        if tokens is None:
+            raise ValueError("the scheduler's use_dynamic_shifting is not supported for this model")
+        low, high = int(config["base_image_seq_len"]), int(config["max_image_seq_len"])
+        first, last = float(config["base_shift"]), float(config["max_shift"])
+        mu = first + (last - first) * (tokens - low) / (high - low)
+        shift = math.exp(mu) if config.get("time_shift_type") != "linear" else mu
+        smallest = 1 / total if smallest is None else smallest
+    return flow_schedule(num_steps, shift=shift, smallest=smallest, train_timesteps=total)
 
 
 def schedule_from_config(config: Mapping[str, Any], num_steps: int) -> Schedule:
@@ -149,11 +193,7 @@ def schedule_from_config(config: Mapping[str, Any], num_steps: int) -> Schedule:
     the chain here is always DDIM on it, which is what their training-free solvers approximate.
     """
     if "FlowMatch" in str(config.get("_class_name", "")):
-        return flow_schedule(
-            num_steps,
-            shift=float(config.get("shift", 1.0)),
-            train_timesteps=int(config["num_train_timesteps"]),
-        )
+        return flow_schedule_from_config(config, num_steps)
     if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
         raise ValueError("schedulers with rescaled or custom betas are not supported yet")
     prediction: PredictionType = config.get("prediction_type", "epsilon")
@@ -224,7 +264,8 @@ def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...]
     parts: list[list[int]] = [[] for _ in range(k)]
     for index, timestep in enumerate(timesteps):
         # A flow schedule starts at T itself, which belongs to the first part.
-        part = min(int(timestep * k / total), k - 1)
+        # Its timesteps are fractions; those on an edge must not depend on the last bit.
+        part = min(int(round(timestep, 3) * k / total), k - 1)
         parts[k - 1 - part].append(index)
     if not all(parts):
         raise ValueError(

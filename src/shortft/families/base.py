@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from shortft.schedule import Schedule
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022).
+    """Classifier-free guidance (Ho & Salimans 2022), or the scale that stands in for it.
 
     Attributes:
         scale: weight of the difference between the branches; 1 runs the prompt's branch alone.
+            A network distilled from guidance takes it as an input, in one evaluation.
         grad: whether gradient flows through both branches or the prompt's only (half the memory).
     """
 
@@ -28,29 +30,58 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: embeddings (B, L, D) of the prompts and of the empty prompt."""
+    """Encoded prompts; every tensor's first dimension is the sample.
+
+    Attributes:
+        positive: embeddings (B, L, D) of the prompts.
+        negative: embeddings of the empty prompt; (B, 0, D) where guidance needs none.
+        pooled: one vector per prompt (B, P), for models that take one beside the embeddings.
+        negative_pooled: the same of the empty prompt.
+    """
 
     positive: Tensor
     negative: Tensor
+    pooled: Tensor | None = None
+    negative_pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positive)
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> Conditioning:
-        return Conditioning(self.positive[index], self.negative[index])
+        return self._map(lambda tensor: tensor[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        return Conditioning(self.positive.to(*args, **kwargs), self.negative.to(*args, **kwargs))
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(
+            change(self.positive),
+            change(self.negative),
+            None if self.pooled is None else change(self.pooled),
+            None if self.negative_pooled is None else change(self.negative_pooled),
+        )
 
 
 class Family(Protocol):
-    """A model with its text encoder, latent decoder and schedule; frozen throughout."""
+    """A model with its text encoder, latent decoder and schedule; frozen throughout.
+
+    Attributes:
+        name: of the family.
+        source: where the model came from, as the user named it.
+        denoiser: the network that LoRAs are trained on.
+        device: where noise, conditioning and images lie.
+        default_guidance_scale: where the user names none.
+        resolution: height and width of the images in pixels.
+        lora_targets: names of the attention and feed-forward layers, which reward LoRAs change.
+        shortcut_targets: those and what a few-step LoRA changes besides.
+    """
 
     name: str
     source: str
     denoiser: nn.Module
     device: torch.device
     default_guidance_scale: float
+    resolution: int
     lora_targets: tuple[str, ...]
     shortcut_targets: tuple[str, ...]
 
@@ -58,6 +89,12 @@ class Family(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts; the result lies on the family's device."""
+
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts, keep them in main memory, and let the text encoders go.
+
+        From then on `encode` knows these prompts only.
+        """
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """(B, C, h, w) fp32 noise; sample i depends on seeds[i] alone."""
@@ -72,7 +109,7 @@ class Family(Protocol):
     ) -> Tensor:
         """The guided prediction of a view of the denoiser, with the latents' shape and dtype.
 
-        Timestep: one for all samples, or (B,).
+        Timestep: one for all samples, or (B,), in training timesteps [0, T].
         """
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -86,21 +123,39 @@ class Family(Protocol):
 
 
 def classifier_free(
-    forward: Callable[[Tensor, float | Tensor, Tensor], Tensor],
+    forward: Callable[[Tensor, float | Tensor, Tensor, Tensor | None], Tensor],
     latents: Tensor,
     timestep: float | Tensor,
     cond: Conditioning,
     g: Guidance,
 ) -> Tensor:
-    """Guided prediction u + scale·(c - u) of forward(latents, timestep, embeddings)."""
+    """Guided prediction u + scale·(c - u) of forward(latents, timestep, embeddings, pooled)."""
     if g.scale == 1:
-        return forward(latents, timestep, cond.positive)
+        return forward(latents, timestep, cond.positive, cond.pooled)
     if g.grad == "positive" and torch.is_grad_enabled():
         with torch.no_grad():
-            negative = forward(latents, timestep, cond.negative)
-        positive = forward(latents, timestep, cond.positive)
+            negative = forward(latents, timestep, cond.negative, cond.negative_pooled)
+        positive = forward(latents, timestep, cond.positive, cond.pooled)
     else:
         both = torch.cat([cond.negative, cond.positive])
+        pooled = None
+        if cond.pooled is not None and cond.negative_pooled is not None:
+            pooled = torch.cat([cond.negative_pooled, cond.pooled])
         times = torch.cat([timestep, timestep]) if isinstance(timestep, Tensor) else timestep
-        negative, positive = forward(torch.cat([latents, latents]), times, both).chunk(2)
+        guided = forward(torch.cat([latents, latents]), times, both, pooled)
+        negative, positive = guided.chunk(2)
     return negative + g.scale * (positive - negative)
+
+
+def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
+    """(B, *shape) fp32 noise, drawn on the CPU as diffusers draws it from a generator list."""
+    return torch.stack(
+        [torch.randn((1, *shape), generator=torch.Generator().manual_seed(s))[0] for s in seeds]
+    )
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for a model in half precision; nothing for one in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from shortft.assets import model_path
 from shortft.errors import UserError
-from shortft.families.base import Conditioning, Guidance, classifier_free
+from shortft.families.base import Conditioning, Guidance, autocast, classifier_free, seeded_noise
+from shortft.families.files import add_lora_file, latent_side, load_pipeline, own_defaults
+from shortft.families.text import KnownPrompts, encode_in_batches
 from shortft.quiet import quiet
 from shortft.schedule import Schedule, schedule_from_config
 
 DEFAULT_GUIDANCE_SCALE = 7.5  # as in StableDiffusionPipeline
-DEFAULTS_FILE = "shortft.json"  # a model directory may name its own: {"guidance_scale": 3.0}
 
 
 class StableDiffusion:
@@ -56,6 +53,7 @@ class StableDiffusion:
         *,
         precision: str = "fp32",
         device: str | torch.device = "cpu",
+        resolution: int | None = None,
     ) -> None:
         self.source = source
         self.device = torch.device(device)
@@ -67,8 +65,11 @@ class StableDiffusion:
                 f"--model {source}: its denoiser takes more than latents (an inpainting or "
                 "image-guided model); give a plain text-to-image model"
             )
-        size = pipeline.unet.config.sample_size
-        self._latent_shape = (1, pipeline.unet.config.in_channels, size, size)
+        own, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+        side = latent_side(source, resolution, own, factor=factor)
+        self.resolution = side * factor
+        self._latent_shape = (pipeline.unet.config.in_channels, side, side)
+        self._known: KnownPrompts | None = None
         self.vae = pipeline.vae
         self.text_encoder = pipeline.text_encoder
         self.tokenizer = pipeline.tokenizer
@@ -88,30 +89,36 @@ class StableDiffusion:
         self.vae.to(memory_format=torch.channels_last)
 
     @classmethod
-    def load(cls, model: str, *, precision: str = "fp32", device: str = "cpu") -> StableDiffusion:
+    def load(
+        cls,
+        model: str,
+        *,
+        precision: str = "fp32",
+        device: str = "cpu",
+        revision: str | None = None,
+        resolution: int | None = None,
+    ) -> StableDiffusion:
         """Load by the embedded name, a local directory or a hub id.
 
         Raises:
             UserError: if the model cannot be found, read or is of another family.
         """
-        path = model_path(model)
-        try:
-            with quiet():
-                pipeline = StableDiffusionPipeline.from_pretrained(
-                    path, dtype=torch.float32, safety_checker=None, use_safetensors=True
-                )
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(
-                f"--model {model}: cannot be loaded as a Stable Diffusion pipeline ({reason}); "
-                "give `emoji`, a directory saved by save_pretrained, or a hub id"
-            ) from error
-        family = cls(pipeline, model, precision=precision, device=device)
-        defaults = Path(path) / DEFAULTS_FILE
-        if defaults.is_file():
-            family.default_guidance_scale = float(
-                json.loads(defaults.read_text())["guidance_scale"]
-            )
+        pipeline = load_pipeline(
+            StableDiffusionPipeline,
+            model,
+            revision=revision,
+            dtype=torch.float32,
+            safety_checker=None,
+        )
+        own = own_defaults(model)
+        family = cls(
+            pipeline,
+            model,
+            precision=precision,
+            device=device,
+            resolution=resolution or own.get("resolution"),
+        )
+        family.default_guidance_scale = own.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
         return family
 
     def pipeline(self) -> StableDiffusionPipeline:
@@ -137,24 +144,31 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings (B, L, D) of the prompts and of the empty prompt."""
-        tokens = self.tokenizer(
-            ["", *prompts],
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        batches = tokens.input_ids.to(self.device).split(64)
-        states = torch.cat([self.text_encoder(ids)[0] for ids in batches])
+        if self._known is not None:
+            return self._known(prompts).to(self.device)
+
+        def batch(prompts: list[str]) -> tuple[Tensor, ...]:
+            tokens = self.tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            states: Tensor = self.text_encoder(tokens.input_ids.to(self.device))[0]
+            return (states,)
+
+        (states,) = encode_in_batches(batch, ["", *prompts])
         return Conditioning(states[1:], states[:1].expand(len(prompts), -1, -1))
 
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts, keep them in main memory, and let the text encoder go."""
+        self._known = KnownPrompts(self.encode, prompts)
+        self.text_encoder = None
+
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """(B, C, h, w) fp32 noise, drawn on the CPU as diffusers draws it from a generator list."""
-        shape = self._latent_shape
-        drawn = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
-        return torch.cat(drawn).to(self.device)
+        """(B, C, h, w) fp32 noise, as the pipeline draws it from generators on the CPU."""
+        return seeded_noise(self._latent_shape, seeds).to(self.device)
 
     def predict(
         self,
@@ -166,8 +180,10 @@ class StableDiffusion:
     ) -> Tensor:
         """Guided prediction (B, C, h, w) in the latents' dtype."""
 
-        def forward(x: Tensor, t: float | Tensor, embeddings: Tensor) -> Tensor:
-            with self._autocast():
+        def forward(
+            x: Tensor, t: float | Tensor, embeddings: Tensor, _pooled: Tensor | None
+        ) -> Tensor:
+            with autocast(self.device, self.dtype):
                 x = x.contiguous(memory_format=torch.channels_last)
                 out: Tensor = net(
                     x.to(self._dtype_of(x)),
@@ -181,7 +197,7 @@ class StableDiffusion:
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 3, H, W) images in [0, 1] from latents (B, C, h, w)."""
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             scaled = latents / self.vae.config.scaling_factor
             image = self.vae.decode(scaled.to(self._dtype_of(latents)), return_dict=False)[0]
         return (image.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
@@ -200,32 +216,14 @@ class StableDiffusion:
         Raises:
             UserError: if the file is missing, damaged or made for another architecture.
         """
-        if not path.is_file():
-            raise UserError(f"{path}: no such LoRA file")
-        try:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                str(path.parent),
-                weight_name=path.name,
-                unet_config=net.config,
-                return_lora_metadata=True,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            StableDiffusionPipeline.load_lora_into_unet(
-                state, network_alphas=alphas, unet=net, adapter_name=adapter_name, metadata=metadata
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{path}: cannot be loaded as a LoRA of {self.source} ({reason}); "
-                "check that it was made for this architecture"
-            ) from error
-        net.requires_grad_(False)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        def read(directory: str, **options: object) -> tuple[dict[str, Tensor], object, object]:
+            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+                directory, unet_config=net.config, **options
+            )
+            return state, alphas, metadata
+
+        add_lora_file(net, path, adapter_name, self.source, prefix="unet", read=read)
 
     def _dtype_of(self, x: Tensor) -> torch.dtype:
         """Half precision where it is asked for; otherwise the caller's (tests use float64)."""

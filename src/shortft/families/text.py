@@ -1,0 +1,58 @@
+"""Prompts encoded in batches, and known ones kept when the text encoders have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shortft.errors import UserError
+from shortft.families.base import Conditioning
+
+BATCH = 32
+
+
+def encode_in_batches(
+    encode: Callable[[list[str]], tuple[Tensor, ...]], prompts: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """What encode returns for each prompt (tensors whose first dimension is the prompt), joined."""
+    parts = [encode(list(prompts[i : i + BATCH])) for i in range(0, len(prompts), BATCH)]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+class KnownPrompts:
+    """Conditionings of known prompts in main memory; the empty prompt's is kept once."""
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str]
+    ) -> None:
+        unique = list(dict.fromkeys(prompts))
+        self._row = {prompt: row for row, prompt in enumerate(unique)}
+        parts = [encode(unique[i : i + BATCH]) for i in range(0, len(unique), BATCH)]
+        empty = parts[0][:1].to("cpu")
+        self._positive = torch.cat([part.positive.cpu() for part in parts])
+        pooled = [part.pooled.cpu() for part in parts if part.pooled is not None]
+        self._pooled = torch.cat(pooled) if pooled else None
+        self._negative, self._negative_pooled = empty.negative, empty.negative_pooled
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of prompts, on the CPU.
+
+        Raises:
+            UserError: for a prompt that was not encoded ahead.
+        """
+        unknown = [prompt for prompt in prompts if prompt not in self._row]
+        if unknown:
+            raise UserError(
+                f"prompt {unknown[0]!r}: not encoded before the text encoders left memory; give "
+                "all prompts to encode_ahead, or load the model again"
+            )
+        rows = [self._row[prompt] for prompt in prompts]
+        first = [0] * len(prompts)
+        return Conditioning(
+            self._positive[rows],
+            self._negative[first],
+            None if self._pooled is None else self._pooled[rows],
+            None if self._negative_pooled is None else self._negative_pooled[first],
+        )

@@ -1,0 +1,388 @@
+"""SDXL, SD3 and FLUX against diffusers' own pipelines, and their gradients, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shortft import load_adapter
+from shortft.adapter import AdapterInfo, load_into, save_adapter
+from shortft.chain import run_chain
+from shortft.config import Config
+from shortft.errors import UserError
+from shortft.families import load_family
+from shortft.families.base import Guidance
+from shortft.families.flux import from_tokens, to_tokens
+from shortft.methods.shortft import shortft_plan
+from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters, lora_state, view
+from shortft.plans import Plan, base_plan, inference_plan
+from shortft.quiet import quiet
+from shortft.sampling import generate
+from shortft.trainer import Trainer
+from tiny import randomise_loras, to_float64
+from tiny_families import BUILDERS, tiny
+
+PROMPTS = ["red apple", "panda face"]
+SEEDS = [3, 4]
+STEPS, K, SCALE = 6, 3, 3.0
+GUIDED = ["sdxl", "sd3"]  # classifier-free guidance; FLUX's is an input of the network
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models in the layout that the real ones have on disk."""
+    root = tmp_path_factory.mktemp("models")
+    for name in BUILDERS:
+        save(tiny(name), root / name)
+    return {name: root / name for name in BUILDERS}
+
+
+def save(pipeline: Any, directory: Path) -> Path:
+    with quiet():
+        pipeline.save_pretrained(directory)
+    if "Flux" in type(pipeline).__name__:
+        (directory / "shortft.json").write_text(json.dumps({"resolution": 16}))
+    return directory
+
+
+def ours(family: Any, plan: Plan | None = None, nets: ModelNetworks | None = None) -> Tensor:
+    schedule = family.schedule(STEPS)
+    nets = nets or ModelNetworks(family, guidance=Guidance(SCALE))
+    cond = family.encode(PROMPTS)
+    return generate(family, nets, plan or base_plan(schedule), schedule, cond, SEEDS)
+
+
+def theirs(pipe: Any, resolution: int, scale: float = SCALE, **options: Any) -> Tensor:
+    images: Tensor = pipe(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        height=resolution,
+        width=resolution,
+        output_type="pt",
+        **options,
+    ).images
+    return images
+
+
+# The chain
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_chain_equals_the_familys_own_pipeline(models: dict[str, Path], name: str):
+    family = load_family(str(models[name]), device="cpu")
+    assert (family.name, family.resolution) == (name, 16)
+    images, expected = ours(family), theirs(tiny(name), 16)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    # Right is told from wrong: prompts and guidance change the images by far more.
+    assert (expected[0] - expected[1]).abs().mean() > 0.01
+    assert (expected - theirs(tiny(name), 16, scale=1.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scale"),
+    [
+        ("sdxl", {"zeros_for_empty": False}, SCALE),
+        ("sd3", {"t5": False}, SCALE),
+        ("flux", {"guidance_embeds": False}, 1.0),
+    ],
+)
+def test_variants_of_a_family(tmp_path: Path, name: str, options: dict[str, bool], scale: float):
+    """SDXL with an encoded empty prompt, SD3 without T5, FLUX.1-schnell."""
+    pipe = tiny(name, **options)
+    family = load_family(str(save(pipe, tmp_path)), device="cpu")
+    nets = ModelNetworks(family, guidance=Guidance(scale))
+    images = ours(family, nets=nets)
+    torch.testing.assert_close(images, theirs(pipe, 16, scale), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_another_resolution(models: dict[str, Path], name: str):
+    """FLUX's schedule, SDXL's time ids and SD3's cropped positions depend on it."""
+    size = 32 if name == "flux" else 8
+    family = load_family(str(models[name]), device="cpu", resolution=size)
+    torch.testing.assert_close(ours(family), theirs(tiny(name), size), atol=1e-5, rtol=0)
+    usual = load_family(str(models[name]), device="cpu").schedule(STEPS).timesteps
+    same = torch.equal(family.schedule(STEPS).timesteps, usual)
+    assert same == (name != "flux")
+    with pytest.raises(UserError, match=f"--resolution {size + 1}: .* needs a multiple of"):
+        load_family(str(models[name]), device="cpu", resolution=size + 1)
+
+
+def test_positions_that_sd3_does_not_know(models: dict[str, Path]):
+    with pytest.raises(UserError, match=r"--resolution 64: .* knows positions up to 32 pixels"):
+        load_family(str(models["sd3"]), device="cpu", resolution=64)
+
+
+def test_flux_tokens_are_those_of_the_pipeline():
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    pipe = tiny("flux")
+    expected = pipe._pack_latents(latents, 2, 4, 6, 8)
+    assert torch.equal(to_tokens(latents), expected)
+    assert torch.equal(from_tokens(expected, 6, 8), latents)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_conditioning_rows_dtype_and_text_encoders_that_left(models: dict[str, Path], name: str):
+    family = load_family(str(models[name]), device="cpu")
+    cond = family.encode([*PROMPTS, "fish"])
+    assert len(cond) == 3
+    rows = torch.tensor([2, 0])
+    alone = family.encode(["fish", PROMPTS[0]])
+    family.encode_ahead([*PROMPTS, "fish", "fish"])
+    for other in (cond[rows], cond[[2, 0]], family.encode(["fish", PROMPTS[0]])):
+        for field in ("positive", "negative", "pooled", "negative_pooled"):
+            a, b = getattr(other, field), getattr(alone, field)
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    half = cond.to(torch.bfloat16)
+    assert half.positive.dtype == half.pooled.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="prompt 'pizza': not encoded before"):
+        family.encode(["pizza"])
+
+
+# Training
+
+
+def make_shortcut(family: Any, path: Path) -> Path:
+    """A few-step LoRA on every kind of layer that a distilled one may change."""
+    module = view(family.denoiser)
+    generator = torch.Generator().manual_seed(3)
+    add_lora(module, SHORTCUT, rank=2, targets=family.shortcut_targets, generator=generator)
+    for parameter in lora_parameters(module, SHORTCUT).values():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    family.save_lora(lora_state(module, SHORTCUT), path)
+    return path
+
+
+class Rig:
+    """A tiny family with LoRAs and a shortcut, and a smooth loss of its images."""
+
+    def __init__(
+        self, model: Path, tmp_path: Path, guidance: Guidance, precision: str = "fp32"
+    ) -> None:
+        self.family = load_family(str(model), device="cpu", precision=precision)
+        shortcut = make_shortcut(self.family, tmp_path / "shortcut.safetensors")
+        self.nets = ModelNetworks(
+            self.family, guidance=guidance, loras=K, rank=2, shortcut=shortcut
+        )
+        randomise_loras(self.nets)
+        self.schedule = self.family.schedule(STEPS)
+        self.cond, self.noise = self.family.encode(PROMPTS), self.family.noise(SEEDS)
+        self.plan = shortft_plan(self.schedule, K, 1)
+        self.parameters = self.nets.train_only(self.plan.trainable)
+
+    def double(self) -> None:
+        to_float64(self.family, self.nets)
+        self.cond, self.noise = self.cond.to(torch.float64), self.noise.double()
+
+    def loss(self, *, recompute: bool = False) -> Tensor:
+        """At this contrast few pixels are clamped to [0, 1], so that the loss is smooth."""
+        latents = run_chain(
+            self.plan, self.nets, self.noise, self.cond, self.schedule, recompute=recompute
+        )
+        images = self.family.decode(0.03 * latents)
+        return 10 * images.square().mean() + 0.1 * latents.square().mean()
+
+    def gradients(self, **options: bool) -> list[Tensor]:
+        loss = self.loss(**options)
+        return list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_update_changes_only_loras(models: dict[str, Path], tmp_path: Path, name: str):
+    rig = Rig(models[name], tmp_path, Guidance(SCALE))
+    assert rig.nets._shortcut is not None
+    modules = (rig.family.denoiser, rig.family.vae, rig.nets._shortcut)  # type: ignore[attr-defined]
+    frozen = [p for module in modules for p in module.parameters()]
+    before = [p.detach().clone() for p in frozen]
+    loras = [p.detach().clone() for p in rig.parameters]
+    rig.loss().backward()
+    # The last block of SD3 throws away what it computes for the text: no gradient there.
+    reached = [p for p in rig.parameters if p.grad is not None and bool(p.grad.any())]
+    assert len(reached) > 0.9 * len(rig.parameters)
+    torch.optim.AdamW(rig.parameters, lr=1e-2).step()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
+    assert all(p.grad is None for p in frozen)
+    moved = sum(not torch.equal(a, b) for a, b in zip(rig.parameters, loras, strict=True))
+    assert moved > 0.9 * len(loras)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_gradient_equals_finite_differences(models: dict[str, Path], tmp_path: Path, name: str):
+    """Central differences; SD3 and FLUX round to fp32 inside, so the steps are not tiny."""
+    rig = Rig(models[name], tmp_path, Guidance(SCALE))
+    rig.plan = shortft_plan(rig.schedule, K, 2)
+    rig.parameters = [p for n in (2, 3) for p in rig.nets.parameters_of(n).values()]
+    rig.nets.train_only(rig.plan.trainable)
+    rig.double()
+    gradients = rig.gradients()
+    generator = torch.Generator().manual_seed(5)
+    h = 3e-4
+    for _ in range(2):
+        direction = [
+            0.5 * g / g.norm().clamp(min=1e-12) + torch.randn(g.shape, generator=generator).double()
+            for g in gradients
+        ]
+        slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
+        measured = 0.0
+        for sign in (1, -1):
+            for parameter, d in zip(rig.parameters, direction, strict=True):
+                parameter.data.add_(d, alpha=sign * h)
+            with torch.no_grad():
+                measured += sign * float(rig.loss()) / (2 * h)
+            for parameter, d in zip(rig.parameters, direction, strict=True):
+                parameter.data.sub_(d, alpha=sign * h)
+        assert measured == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_positive_and_both_branches(models: dict[str, Path], tmp_path: Path, name: str):
+    """The same images; another gradient with classifier-free guidance, the same with FLUX's."""
+    rig = Rig(models[name], tmp_path, Guidance(SCALE, "both"))
+    both_loss, both = rig.loss(), torch.cat([g.flatten() for g in rig.gradients()])
+    rig.nets.guidance = Guidance(SCALE, "positive")
+    torch.testing.assert_close(rig.loss(), both_loss, atol=0, rtol=1e-5)
+    positive = torch.cat([g.flatten() for g in rig.gradients()])
+    assert positive.norm() > 0
+    differs = float((both - positive).norm() / both.norm())
+    assert differs > 0.01 if name in GUIDED else differs == 0
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_half_precision_and_recomputation(models: dict[str, Path], tmp_path: Path, name: str):
+    """bf16 networks with fp32 LoRAs: nearly the same direction of gradient."""
+    exact = Rig(models[name], tmp_path, Guidance(SCALE))
+    half = Rig(models[name], tmp_path, Guidance(SCALE), precision="bf16")
+    assert {p.dtype for p in half.family.denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.parameters} == {torch.float32}
+    a = torch.cat([g.flatten() for g in exact.gradients()])
+    b = torch.cat([g.flatten() for g in half.gradients(recompute=True)])
+    # FLUX's network itself rounds the timestep, which these random weights notice most.
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > (0.95 if name in GUIDED else 0.75)
+
+
+def test_schnell_takes_no_guidance(tmp_path: Path):
+    model = save(tiny("flux", guidance_embeds=False), tmp_path)
+    family = load_family(str(model), device="cpu")
+    assert family.default_guidance_scale == 1
+    with pytest.raises(UserError, match=r"--guidance-scale 3: .* takes no guidance"):
+        ours(family)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_trainer_runs_every_family(models: dict[str, Path], tmp_path: Path, name: str):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    config = Config(
+        model=str(models[name]),
+        prompts=prompts,
+        reward="symmetry",
+        shortcut="plain",
+        num_steps=STEPS,
+        segments=K,
+        rank=2,
+        batch_size=2,
+        updates=3,
+        output_dir=tmp_path / "run",
+    )
+    trainer = Trainer(config)
+    before = {n: trainer.nets.state_of(n)[key].clone() for n, key in first_key(trainer)}
+    _, outcome = trainer.update()
+    assert not outcome.skipped
+    assert outcome.grad_norm > 0
+    after = {n: trainer.nets.state_of(n)[key] for n, key in first_key(trainer)}
+    assert all(not torch.equal(after[n], before[n]) for n in before)
+
+
+def first_key(trainer: Trainer) -> list[tuple[int, str]]:
+    """A B matrix of each LoRA."""
+    keys = {n: trainer.nets.state_of(n) for n in range(1, trainer.nets.loras + 1)}
+    return [(n, next(k for k in state if "lora_B" in k)) for n, state in keys.items()]
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_adapter_in_the_familys_pipeline(models: dict[str, Path], tmp_path: Path, name: str):
+    family = load_family(str(models[name]), device="cpu")
+    nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
+    randomise_loras(nets, 0.3)
+    schedule = family.schedule(STEPS)
+    plan = inference_plan(schedule, K)
+    active = [step for step in plan.steps if step.adapters]
+    info = AdapterInfo(
+        base_model="tiny",
+        loras=K,
+        rank=2,
+        segments=K,
+        placement="stacked",
+        num_steps=STEPS,
+        timesteps=[int(schedule.timesteps[step.start]) for step in active],
+        stacked=[step.adapters for step in active],
+        guidance_scale=SCALE,
+        config={},
+    )
+    save_adapter(nets, info, tmp_path)
+    tuned = ours(family, plan, nets)
+    pipe = tiny(name)
+    base = theirs(pipe, 16)
+    router = load_adapter(pipe, tmp_path)
+    torch.testing.assert_close(tuned, theirs(pipe, 16), atol=1e-5, rtol=0)
+    assert (tuned - base).abs().max() > 1e-2
+    router.remove()
+    torch.testing.assert_close(theirs(pipe, 16), base, atol=1e-6, rtol=0)
+    fresh = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2, seed=9)
+    load_into(fresh, tmp_path)
+    torch.testing.assert_close(ours(family, plan, fresh), tuned, atol=0, rtol=0)
+
+
+def test_half_precision_routes_flux_by_the_nearest_timestep(models, tmp_path: Path):
+    """Its pipeline hands over timestep / 1000 in half precision, off by up to four timesteps."""
+    family = load_family(str(models["flux"]), device="cpu")
+    nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
+    info = AdapterInfo("tiny", K, 2, K, "stacked", STEPS, [], [], SCALE, {})
+    save_adapter(nets, info, tmp_path)
+    with quiet():
+        pipe = tiny("flux").to(torch.bfloat16)
+    router = load_adapter(pipe, tmp_path)
+    active: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: active.append(router._active or 0))
+    theirs(pipe, 16)
+    plan = inference_plan(family.schedule(STEPS), K)
+    assert active == [step.adapters for step in plan.steps]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_loras_of_another_family_are_refused(models: dict[str, Path], tmp_path: Path, name: str):
+    family = load_family(str(models[name]), device="cpu")
+    for other in BUILDERS:
+        path = make_shortcut(load_family(str(models[other]), device="cpu"), tmp_path / other)
+        if other != name:
+            with pytest.raises(UserError, match="cannot be loaded as a LoRA of"):
+                family.load_lora(view(family.denoiser), path, SHORTCUT)
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(UserError, match="junk: cannot be loaded"):
+        family.load_lora(view(family.denoiser), tmp_path / "junk", SHORTCUT)
+
+
+def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
+    index = {"_class_name": "PixArtAlphaPipeline", "_diffusers_version": "0.42.1"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is a PixArtAlphaPipeline; supported are FluxPipeline, "):
+        load_family(str(tmp_path))
+    with pytest.raises(UserError, match="single-file checkpoints are not read; convert"):
+        load_family("model.safetensors")
+    with pytest.raises(UserError, match="owner/name@main: no model there"):
+        load_family("owner/name@main")
+    (models["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="cannot be loaded as a StableDiffusionXLPipeline"):
+        load_family(str(models["sdxl"]))
