@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shortft.assets import EMBEDDED, own_guidance, prompts_for, shortcut_for
+from shortft.assets import EMBEDDED, prompts_for
 from shortft.chain import run_chain
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
@@ -38,6 +38,7 @@ from shortft.rewards import make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
+from shortft.shortcuts import find_shortcut
 from shortft.step import leap_weight, noise_of_copy, states_of
 
 RANDOM = ("alignprop", "drtune", "refl", "leapalign", "flowbp_sparse", "flowbp_bridge")
@@ -59,14 +60,14 @@ class Bench:
 
     def networks(self, loras: int, *, plain: bool = False) -> ModelNetworks:
         """Networks with LoRAs that were moved a little."""
-        shortcut = None if plain else shortcut_for(EMBEDDED, "auto")
+        shortcut = find_shortcut(EMBEDDED, "plain" if plain else "auto", K)
         nets = ModelNetworks(
             self.family,
             guidance=Guidance(self.family.default_guidance_scale),
-            shortcut_guidance=Guidance(own_guidance(shortcut)),
+            shortcut_guidance=Guidance(shortcut.guidance_scale),
             loras=loras,
             rank=16,
-            shortcut=shortcut,
+            shortcut=shortcut.path,
             merge_shortcut=not plain,
             plain_jumps=plain,
         )

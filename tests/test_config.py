@@ -94,6 +94,8 @@ MISTAKES = [
     ({"reward": "clib"}, "did you mean clip?"),
     ({"reward": "clip:-1"}, "not a positive number"),
     ({"shortcut": "nowhere"}, "--shortcut nowhere: no such file; give 'auto', 'none'"),
+    ({"shortcut": "hyper-sd15"}, "did you mean 'hyper-sd15-"),
+    ({"shortcut_scale": 0}, "--shortcut-scale 0: must be greater than 0"),
     ({"shortcut": ""}, "--shortcut '': no such file"),
     ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: no such file"),
     ({"prompts": 3}, "--prompts 3: "),

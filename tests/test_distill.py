@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from shortft.assets import own_guidance
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill_command
 from shortft.errors import UserError
@@ -16,6 +15,7 @@ from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, view
 from shortft.schedule import segments
 from shortft.shortcut_check import Jumper, better_than_ddim, check_command, jump_plan, measure
+from shortft.shortcuts import own_guidance
 from tiny import save_tiny, tiny_family, tiny_pipeline
 
 STEPS, K, SCALE = 12, 4, 8.0
@@ -205,7 +205,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
     with pytest.raises(UserError, match="--rank"):
         make(resume=True, rank=2)
     figures = tmp_path / "figures.json"
-    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, figures, prompts)
+    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
     assert code in (0, 1)
     assert json.loads(figures.read_text())[0]["evaluations"] == 2  # it runs as it was made to
     assert ("no better" in capsys.readouterr().out) == (code == 1)
@@ -218,7 +218,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
 
 def test_a_shortcut_without_a_card_runs_unguided_and_a_damaged_card_is_told(tmp_path: Path):
     path = tmp_path / "few-step.safetensors"
-    assert own_guidance(path) == own_guidance(None) == 1
+    assert own_guidance(path) == 1
     path.with_suffix(".json").write_text('{"kind": "regression"}')
     assert own_guidance(path) == 1
     path.with_suffix(".json").write_text("{")

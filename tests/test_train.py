@@ -377,3 +377,12 @@ def test_pictures_at_equal_parts_of_the_budget_from_other_prompts(settings, tmp_
     log = [json.loads(row) for row in (config.output_dir / "metrics.jsonl").open()]
     seen = [(r["update"], r["at_seconds"] > 0) for r in log if "eval_reward" in r]
     assert seen == [(0, False), (4, True), (8, True)]
+
+
+def test_the_learning_rate_falls_at_the_end(settings):
+    trainer = Trainer(Config(**{**settings, "learning_rate_decay": 0.5, "sample_every": 0}))
+    rates = []
+    for _ in range(8):
+        trainer.update()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2] * 5 + [0.75e-2, 0.5e-2, 0.25e-2])

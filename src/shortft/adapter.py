@@ -43,6 +43,7 @@ class AdapterInfo:
         stacked: how many act at each of them.
         guidance_scale: of the chain in training.
         config: the run's configuration.
+        resolution: of the pictures in training; None for the model's own.
     """
 
     base_model: str
@@ -55,6 +56,7 @@ class AdapterInfo:
     stacked: list[int]
     guidance_scale: float
     config: dict[str, Any]
+    resolution: int | None = None
     format: int = FORMAT
 
 

@@ -177,7 +177,7 @@ def evaluate(
     model: ModelOption = EMBEDDED,
     reward: Annotated[str, REWARD] = "clip",
     reward_model: Annotated[
-        str | None, typer.Option(help="CLIP scorer: a directory or a hub id.")
+        str | None, typer.Option(help="Models of the rewards, as in train.")
     ] = None,
     prompts: PromptsOption = None,
     output_dir: OutputDirOption = Path("runs/evaluate"),
@@ -224,6 +224,9 @@ def check(
         float | None,
         typer.Option(min=1, help="Guidance of the shortcut; default: its own, or unguided."),
     ] = None,
+    shortcut_scale: Annotated[
+        float | None, typer.Option(help="Scale of the shortcut's LoRA; default: its own, or 1.")
+    ] = None,
     prompts: PromptsOption = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
@@ -241,6 +244,7 @@ def check(
         segments=segments,
         guidance_scale=guidance_scale,
         shortcut_guidance_scale=shortcut_guidance_scale,
+        shortcut_scale=shortcut_scale,
         output=output,
         prompts_path=prompts,
     )
@@ -292,6 +296,41 @@ def shortcut(
         precision=precision,
         prompts_path=prompts,
         resume=resume,
+    )
+
+
+@app.command()
+def export(
+    adapter: AdapterFile,
+    kind: Annotated[
+        Literal["diffusers", "kohya", "comfyui", "merged"],
+        typer.Option("--format", help="Layout: numbered LoRAs, or a whole model (merged)."),
+    ] = "kohya",
+    output_dir: OutputDirOption = Path("runs/export"),
+    model: Annotated[
+        str | None, typer.Option(help="Base model, where it is not where the adapter says.")
+    ] = None,
+    prompts: PromptsOption = None,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Held-out prompts to measure the plain LoRA on.")
+    ] = 24,
+    measure: Annotated[
+        bool, typer.Option(help="Measure what one LoRA without a schedule loses.")
+    ] = True,
+) -> None:
+    """Write an adapter for other tools: diffusers, kohya's scripts, A1111, ComfyUI, or merged."""
+    if prompts is not None:
+        read_prompts(prompts)
+    from shortft.export import export_command
+
+    export_command(
+        adapter=adapter,
+        kind=kind,
+        output_dir=output_dir,
+        model=model,
+        prompts_path=prompts,
+        num_prompts=num_prompts,
+        measure=measure,
     )
 
 

@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from shortft.assets import EMBEDDED
 from shortft.config import Config, option_name
-from shortft.inputs import check_model_source, check_output_dir, check_reward, check_shortcut
+from shortft.inputs import check_model_source, check_output_dir, check_reward
+from shortft.shortcuts import check_shortcut
 
 Command = TypeVar("Command", bound=Callable[..., object])
 

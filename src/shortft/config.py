@@ -27,7 +27,6 @@ from shortft.inputs import (
     check_model_source,
     check_output_dir,
     check_reward,
-    check_shortcut,
     read_prompts,
     read_text,
 )
@@ -35,6 +34,7 @@ from shortft.methods.catalog import METHODS, read_options
 from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import parse_reward_spec
+from shortft.shortcuts import PUBLISHED, check_shortcut
 
 DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
 
@@ -49,6 +49,11 @@ class Config(BaseModel):
         EMBEDDED,
         description="Base model: 'emoji' (embedded in the package), a directory in diffusers' "
         "pipeline format, or a hub id such as owner/name.",
+    )
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        description="Height and width of the pictures in pixels; none = the model's own.",
     )
     method: str = Field(
         "shortft",
@@ -103,18 +108,26 @@ class Config(BaseModel):
     shortcut: str = Field(
         "auto",
         description="Few-step LoRA that jumps over a segment: 'auto' (the one shipped for the "
-        "model), a file, 'none' (DDIM jumps of the base with its guidance) or 'plain' (unguided).",
+        "model), a file, a file on the hub (owner/name/file.safetensors), a published one "
+        f"({', '.join(PUBLISHED)}), 'none' (guided DDIM jumps of the base) or 'plain' (unguided).",
     )
     shortcut_guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="Guidance of the shortcut, at least 1 (= unguided); none = the one that the "
-        "JSON file beside it names, or unguided.",
+        description="Guidance of the shortcut, at least 1 (= unguided); none = its own: what the "
+        "JSON file beside it or its publisher names, or unguided.",
+    )
+    shortcut_scale: float | None = Field(
+        None, gt=0, description="Scale of the shortcut's LoRA, above 0; none = its own, or 1."
     )
     merge_shortcut: bool = Field(
         False,
         description="Fold the shortcut into a copy of the layers it touches: faster, but a second "
         "copy of most weights; off = run it as a LoRA.",
+    )
+    encode_ahead: bool = Field(
+        False,
+        description="Encode all prompts before training and let the text encoders leave memory.",
     )
     recompute: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
@@ -128,6 +141,12 @@ class Config(BaseModel):
     )
     rank: int = Field(32, ge=1, description="Rank of each LoRA, at least 1.")
     learning_rate: float = Field(3e-4, gt=0, description="Learning rate of AdamW, above 0.")
+    learning_rate_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the budget, at its end, over which the learning rate falls to 0.",
+    )
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW, at least 0.")
     max_grad_norm: float = Field(
         1.0, gt=0, description="Gradient norm above which gradients are scaled down, above 0."
@@ -177,6 +196,21 @@ class Config(BaseModel):
         description="UTF-8 text file of prompts for the sample grids, one a line; none = from the "
         "training prompts.",
     )
+    guard: Literal["off", "warn", "stop"] = Field(
+        "warn",
+        description="When a held-out scorer falls while the reward rises (measured at sample "
+        "grids): 'warn', or 'stop' and go back to the best adapter so far.",
+    )
+    guard_drop: float = Field(
+        0.1,
+        gt=0,
+        description="Share of its first value that the held-out scorer may lose, above 0.",
+    )
+    held_out: str | None = Field(
+        None,
+        description="Reward that only measures, for the guard; none = the embedded model's own "
+        "scorer, or none for other models.",
+    )
     checkpoint_every: int = Field(
         50, ge=0, description="Updates between checkpoints; 0 = only at the end."
     )
@@ -220,6 +254,11 @@ class Config(BaseModel):
     @classmethod
     def _known_reward(cls, value: str) -> str:
         return check_reward(value)
+
+    @field_validator("held_out")
+    @classmethod
+    def _known_held_out(cls, value: str | None) -> str | None:
+        return None if value is None else check_reward(value)
 
     @field_validator("reward_model")
     @classmethod

@@ -200,10 +200,10 @@ def evaluate_command(
         raise UserError(
             f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
         )
-    read_info(adapter)
+    info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     console = Console()
-    family = load_family(model, precision=precision)
+    family = load_family(model, precision=precision, resolution=info.resolution)
     scored_by = make_reward(reward, reward_model, family.device)
     with console.status("") as status:
         figures, pictures = evaluate(

@@ -9,7 +9,8 @@ from shortft.errors import UserError
 from shortft.rewards.spec import parse_reward_spec
 
 MAX_PROMPT_CHARS = 2000
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name; a leading dot means a local path
+# owner/name or owner/name@revision; a leading dot means a local path
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
 
 def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
@@ -54,7 +55,11 @@ def read_text(path: Path, option: str) -> str:
 
 
 def check_model_source(option: str, value: str, embedded: str | None = None) -> str:
-    """Return `value` if it names the embedded model, a directory, or a hub id ``owner/name``."""
+    """Return `value` if it names the embedded model, a directory, or a hub id.
+
+    Raises:
+        UserError: if it does not.
+    """
     if value == embedded or Path(value).is_dir() or _HUB_ID.fullmatch(value):
         return value
     choices = "a directory or a hub id such as owner/name"
@@ -67,16 +72,6 @@ def check_reward(spec: str) -> str:
     """Return `spec` if it names known rewards with valid weights."""
     parse_reward_spec(spec)
     return spec
-
-
-def check_shortcut(option: str, value: str) -> str:
-    """Return `value` if it is ``auto``, ``none``, ``plain`` or an existing file."""
-    if value in ("auto", "none", "plain") or Path(value).is_file():
-        return value
-    raise UserError(
-        f"{option} {value or repr(value)}: no such file; give 'auto', 'none', 'plain' or a LoRA's "
-        "file"
-    )
 
 
 def check_output_dir(option: str, path: Path) -> Path:

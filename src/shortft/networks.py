@@ -171,6 +171,7 @@ class ModelNetworks:
         rank: their rank.
         seed: of their initial values.
         shortcut: few-step LoRA file, or None if no plan runs the shortcut.
+        shortcut_scale: of its LoRA.
         plain_jumps: let the base itself, unguided, stand in for a shortcut.
         merge_shortcut: fold the shortcut into a copy of the layers it touches: faster, more
             memory.
@@ -186,6 +187,7 @@ class ModelNetworks:
         rank: int = 4,
         seed: int = 0,
         shortcut: Path | None = None,
+        shortcut_scale: float = 1.0,
         merge_shortcut: bool = False,
         plain_jumps: bool = False,
     ) -> None:
@@ -198,6 +200,9 @@ class ModelNetworks:
         if shortcut is not None:
             self._shortcut = view(self.base)
             family.load_lora(self._shortcut, shortcut, SHORTCUT)
+            if shortcut_scale != 1:
+                activate(self._shortcut, {SHORTCUT: shortcut_scale})
+                self._shortcut.requires_grad_(False)
             if merge_shortcut:
                 self._shortcut = merge(self._shortcut, SHORTCUT)
         self._policies: dict[int, nn.Module] = {}

@@ -93,11 +93,11 @@ def sample(
     from shortft.drawing.grids import save_images
     from shortft.families import load_family
 
-    if adapter is not None:
-        read_info(adapter)  # a wrong path is told before the model is loaded
+    # A wrong path is told before the model is loaded.
+    resolution = read_info(adapter).resolution if adapter is not None else None
     console = Console()
     with console.status(f"loading {model}"):
-        family = load_family(model)
+        family = load_family(model, resolution=resolution)
         nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
     seeds = [seed + i for i in range(len(prompts))]
     with console.status(f"{len(prompts)} pictures, {plan.calls} steps each"):

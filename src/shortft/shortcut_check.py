@@ -172,6 +172,7 @@ def check_command(
     segments: int,
     guidance_scale: float | None,
     shortcut_guidance_scale: float | None = None,
+    shortcut_scale: float | None = None,
     output: Path | None = None,
     prompts_path: Path | None = None,
 ) -> int:
@@ -179,15 +180,17 @@ def check_command(
     from rich.console import Console
     from rich.table import Table
 
-    from shortft.assets import own_guidance, prompts_for, shortcut_for
+    from shortft.assets import prompts_for
     from shortft.drawing.files import write_atomic
     from shortft.families import load_family
     from shortft.inputs import read_prompts
-    from shortft.networks import SHORTCUT, view
+    from shortft.networks import SHORTCUT, activate, view
     from shortft.sampling import check_segments
     from shortft.seeds import sample_seed
+    from shortft.shortcuts import find_shortcut
 
-    path = shortcut_for(model, shortcut)
+    found = find_shortcut(model, shortcut, segments)
+    path = found.path
     if path is None:
         raise UserError("--shortcut none: there is nothing to check; give `auto` or a LoRA file")
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
@@ -198,14 +201,16 @@ def check_command(
     check_segments(schedule, segments)
     module = view(family.denoiser)
     family.load_lora(module, path, SHORTCUT)
+    activate(module, {SHORTCUT: shortcut_scale or found.scale})
+    module.requires_grad_(False)
     jumpers = [
-        Jumper("shortcut", module, Guidance(shortcut_guidance_scale or own_guidance(path))),
+        Jumper("shortcut", module, Guidance(shortcut_guidance_scale or found.guidance_scale)),
         Jumper("plain DDIM jump", family.denoiser, Guidance()),
         Jumper("guided DDIM jump", family.denoiser, Guidance(scale)),
     ]
     console = Console()
     with console.status(f"{num_steps}-step chains of {num_prompts} prompts"):
-        found = measure(
+        measured = measure(
             family,
             jumpers,
             schedule,
@@ -219,7 +224,7 @@ def check_command(
     heads = ["calls", *(f"error {i}" for i in range(1, segments + 1)), "chain", "all jumps"]
     for head in heads:
         table.add_column(head, justify="right")
-    for f in found:
+    for f in measured:
         cells = [f"{error:.3f}" for error in f.jump_error]
         table.add_row(
             f.name, str(f.evaluations), *cells, f"{f.chain_psnr:.1f}", f"{f.all_jumps_psnr:.1f}"
@@ -232,10 +237,10 @@ def check_command(
         style="dim",
     )
     if output is not None:
-        write_atomic(output, (json.dumps([asdict(f) for f in found], indent=2) + "\n").encode())
-    if better_than_ddim(found):
+        write_atomic(output, (json.dumps([asdict(f) for f in measured], indent=2) + "\n").encode())
+    if better_than_ddim(measured):
         console.print("The shortcut is better than a plain DDIM jump on every segment.")
-        if found[0].chain_psnr < found[2].chain_psnr:
+        if measured[0].chain_psnr < measured[2].chain_psnr:
             console.print(
                 "Over the chain a guided DDIM jump is closer to the base (`--shortcut none`)."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 
 from shortft.checkpoint import load_latest
 from shortft.config import Config, option_name, to_yaml
+from shortft.drawing.curves import read_metrics
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress, memory_text
 from shortft.errors import Stopped, UserError
+from shortft.guard import Guard, Look
 from shortft.interrupts import Interrupts
 from shortft.memory import peak_memory_bytes
+from shortft.metrics import picture_statistics
 from shortft.metrics_log import MetricsLog
 from shortft.rewards import anchor_warning
 from shortft.trainer import Trainer
@@ -73,6 +77,8 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
         if resume:
             progress.log(f"continuing after update {trainer.counters.update}")
         try:
+            if main:
+                remember(trainer.guard, root / "metrics.jsonl")
             run_updates(trainer, log, progress, interrupts)
             interrupts.hold()
         except (Stopped, UserError) as reason:
@@ -86,6 +92,10 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
         if main:
             trainer.save_checkpoint(log.position())
             adapter = trainer.save_adapter()
+            best = trainer.guard.best
+            if trainer.tripped and best is not None:
+                shutil.copytree(root / "best", adapter, dirs_exist_ok=True)
+                progress.log(f"went back to the adapter of update {best.update}")
             progress.log(f"adapter: {adapter}")
     trainer.accelerator.end_training()
     return root / "adapter"
@@ -95,19 +105,26 @@ def run_updates(
     trainer: Trainer, log: MetricsLog, progress: TrainProgress, interrupts: Interrupts
 ) -> None:
     """Update until the budget is spent, with logs, pictures and checkpoints on the way."""
-    config, accelerator = trainer.config, trainer.accelerator
+    config, accelerator, counters = trainer.config, trainer.accelerator, trainer.counters
     main = accelerator.is_main_process
 
     def every(interval: int) -> bool:
-        return bool(interval) and trainer.counters.update % interval == 0
+        return bool(interval) and counters.update % interval == 0
 
-    looked = False
-    if main and (config.sample_every or config.sample_times) and trainer.counters.update == 0:
-        look(trainer, log)
-    while trainer.spent() < 1:
-        before, part = trainer.counters.seconds, int(trainer.spent() * config.sample_times)
+    def look_if_due() -> None:
+        if main and counters.look_due:
+            look(trainer, log, progress)
+        counters.look_due = False
+        trainer.agree_on_guard()
+
+    watched = bool(config.sample_every or config.sample_times)
+    if counters.update == 0:
+        counters.look_due = watched
+    look_if_due()
+    while trainer.spent() < 1 and not trainer.tripped:
+        before, part = counters.seconds, int(trainer.spent() * config.sample_times)
         stage, outcome = trainer.update(commit=interrupts.hold)
-        update, seconds = trainer.counters.update, trainer.counters.seconds - before
+        update, seconds = counters.update, counters.seconds - before
         row: dict[str, Any] = {
             "update": update,
             "stage": stage,
@@ -124,6 +141,11 @@ def run_updates(
         progress.update(update, stage, outcome.reward, seconds, row["peak_memory_bytes"])
         if outcome.skipped:
             progress.log(f"update {update}: reward or gradient not finite, nothing changed")
+        # Pictures come after the checkpoint, which knows that they are due: a run that is stopped
+        # while it draws them draws them again.
+        passed = int(trainer.spent() * config.sample_times) > part
+        last = watched and trainer.spent() >= 1
+        counters.look_due = every(config.sample_every) or passed or last
         if main and every(config.checkpoint_every) and trainer.spent() < 1:
             trainer.save_checkpoint(log.position())
         interrupts.release()
@@ -131,16 +153,12 @@ def run_updates(
         if asked is not None:
             raise Stopped(asked)
         trainer.check_skipped()
-        looked = every(config.sample_every) or int(trainer.spent() * config.sample_times) > part
-        if main and looked:
-            look(trainer, log)
-    if main and (config.sample_every or config.sample_times) and not looked:
-        look(trainer, log)
+        look_if_due()
 
 
 @torch.no_grad()
-def look(trainer: Trainer, log: MetricsLog) -> None:
-    """Draw the fixed pictures by the true chain, score them, keep both."""
+def look(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
+    """Draw the fixed pictures by the true chain, score them, keep both; ask the guard."""
     from shortft.drawing.grids import save_grid
 
     update = trainer.counters.update
@@ -155,15 +173,38 @@ def look(trainer: Trainer, log: MetricsLog) -> None:
     }
     if trainer.held_out is not None:
         row["eval_held_out"] = float(trainer.held_out(on_device, prompts).mean())
+    statistics = picture_statistics(images)
+    row["eval_contrast"] = float(statistics.contrast.mean())
+    row["eval_saturated"] = float((statistics.black + statistics.white).mean())
+    better, alarm = trainer.guard.see(seen(row))
+    if alarm and trainer.config.guard != "off":
+        row["guard"] = alarm
+        progress.log(f"guard: {alarm}")
+        trainer.tripped = trainer.config.guard == "stop"
     log.write(row)
+    if better and update:
+        trainer.save_adapter("best")
     if trainer.config.tensorboard:
-        trainer.accelerator.log({k: v for k, v in row.items() if k != "update"}, step=update)
+        figures = {k: v for k, v in row.items() if k.startswith("eval_")}
+        trainer.accelerator.log(figures, step=update)
         writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_images("samples", images, update)
 
 
+def seen(row: Mapping[str, Any]) -> Look:
+    """An evaluation's row of the log, as the guard takes it."""
+    return Look(int(row["update"]), float(row["eval_reward"]), row.get("eval_held_out"))
+
+
+def remember(guard: Guard, log: Path) -> None:
+    """Show the guard what an interrupted run has seen already."""
+    for row in read_metrics(log).evaluations:
+        guard.see(seen(row))
+
+
 # What may differ on resume: where and how a run is watched, and what memory it takes.
 FREE = {
+    "encode_ahead",
     "prompts",  # compared by content, as is the shortcut
     "shortcut",
     "recompute",
@@ -171,6 +212,9 @@ FREE = {
     "accumulation",
     "split_on_out_of_memory",
     "reward_seconds",
+    "guard",
+    "guard_drop",
+    "held_out",
     "output_dir",
     "updates",
     "minutes",
@@ -184,7 +228,7 @@ FREE = {
     "keep_checkpoints",
 }
 # What the saved weights depend on.
-FIXED = {"model", "method", "segments", "timestep_lora", "rank"}
+FIXED = {"model", "resolution", "method", "segments", "timestep_lora", "rank"}
 
 
 def check_same_run(saved: str, config: Config, *, allow_change: bool = False) -> list[str]:

@@ -14,12 +14,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from shortft.adapter import AdapterInfo, copy_state, save_adapter
-from shortft.assets import own_guidance, prompts_for, shortcut_for
+from shortft.assets import prompts_for
 from shortft.checkpoint import Checkpoint, save_checkpoint
 from shortft.config import Config, to_yaml
 from shortft.errors import UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
+from shortft.guard import Guard
 from shortft.inputs import read_prompts
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
@@ -29,20 +30,25 @@ from shortft.rewards.combine import WeightedSum
 from shortft.sampling import check_segments, generate
 from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
+from shortft.shortcuts import Shortcut, find_shortcut
 from shortft.step import Batch, Outcome, train_step
 
 MAX_SKIPPED = 10
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 NOISE, PROMPTS, PICTURES, PLAN = 1, 2, 3, 6  # places in the seed's name space
 
 
 @dataclass
 class Counters:
-    """Where a run stands: updates done, seconds of training, skipped in a row, stage."""
+    """Where a run stands: updates done, seconds of training, skipped in a row, stage, and whether
+    the pictures of this update are still to be drawn.
+    """
 
     update: int = 0
     seconds: float = 0.0
     skipped: int = 0
     stage: int = 1
+    look_due: bool = False
 
 
 class Trainer:
@@ -69,12 +75,21 @@ class Trainer:
         shown = config.sample_from
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
         by_segment = METHODS[config.method].by_segment
-        shortcut = shortcut_for(config.model, config.shortcut) if by_segment else None
+        shortcut = Shortcut(None)
+        if by_segment:
+            shortcut = find_shortcut(config.model, config.shortcut, config.segments)
         digest = hashlib.sha256("\n".join(self.prompts).encode())
-        digest.update(shortcut.read_bytes() if shortcut else b"")
+        digest.update(shortcut.path.read_bytes() if shortcut.path else b"")
         self.inputs = digest.hexdigest()  # of what the configuration names by path only
         device = str(self.accelerator.device)
-        self.family: Family = load_family(config.model, precision=config.precision, device=device)
+        self.family: Family = load_family(
+            config.model,
+            precision=config.precision,
+            device=device,
+            resolution=config.resolution,
+        )
+        if config.encode_ahead:
+            self.family.encode_ahead([*self.prompts, *self.sample_prompts])
         self.schedule: Schedule = self.family.schedule(config.num_steps)
         check_segments(self.schedule, config.segments)
         self.placement = placement_of(config.method, timestep_lora=config.timestep_lora)
@@ -89,17 +104,24 @@ class Trainer:
             self.family,
             guidance=Guidance(self.guidance_scale, config.guidance_grad),
             shortcut_guidance=Guidance(
-                config.shortcut_guidance_scale or own_guidance(shortcut), config.guidance_grad
+                config.shortcut_guidance_scale or shortcut.guidance_scale, config.guidance_grad
             ),
             loras=config.segments if self.placement == "stacked" else 1,
             rank=config.rank,
             seed=config.seed,
-            shortcut=shortcut,
+            shortcut=shortcut.path,
+            shortcut_scale=config.shortcut_scale or shortcut.scale,
             merge_shortcut=config.merge_shortcut,
             plain_jumps=config.shortcut == "plain",
         )
         self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
-        self.held_out = held_out_scorer(config.model, device)
+        self.held_out: Scorer | None = (
+            make_reward(config.held_out, config.reward_model, device)
+            if config.held_out
+            else held_out_scorer(config.model, device)
+        )
+        self.guard = Guard(config.guard_drop)
+        self.tripped = False  # the guard has ended the run
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.nets.parameters_of(number).values())}
@@ -150,6 +172,14 @@ class Trainer:
         self.counters.stage = max(self.counters.stage, due)
         return self.counters.stage
 
+    def learning_rate(self) -> float:
+        """Constant, then linear to 0 over the last `learning_rate_decay` of the budget."""
+        config = self.config
+        left = 1 - self.spent()
+        if left >= config.learning_rate_decay:
+            return config.learning_rate
+        return config.learning_rate * left / config.learning_rate_decay
+
     def spent(self) -> float:
         """Share of the budget that is spent; the run ends at 1."""
         config, counters = self.config, self.counters
@@ -197,6 +227,8 @@ class Trainer:
         stage = self.stage()
         plan = self.plan(self.counters.update, stage)
         self.nets.train_only(plan.trainable)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
         while True:
             try:
                 outcome = train_step(
@@ -251,6 +283,11 @@ class Trainer:
         number = torch.tensor([float(asked or 0)], device=self.accelerator.device)
         return int(self.accelerator.gather(number).max()) or None
 
+    def agree_on_guard(self) -> None:
+        """Let all processes know what the first one's guard decided."""
+        if self.accelerator.num_processes > 1:
+            self.tripped = bool(broadcast_object_list([self.tripped])[0])
+
     # What is kept
 
     def save_checkpoint(self, log_bytes: int) -> None:
@@ -304,9 +341,10 @@ class Trainer:
                         key: value if key == "step" else value.to(on) for key, value in kept.items()
                     }
         for name in vars(self.counters):
-            setattr(self.counters, name, saved.state[name])
+            setattr(self.counters, name, saved.state.get(name, getattr(self.counters, name)))
 
-    def save_adapter(self) -> Path:
+    def save_adapter(self, folder: str = "adapter") -> Path:
+        """Write the LoRAs as they are now into a folder of the run."""
         active = [step for step in self.inference.steps if step.adapters]
         info = AdapterInfo(
             base_model=self.config.model,
@@ -318,9 +356,10 @@ class Trainer:
             timesteps=[round(float(self.schedule.timesteps[s.start])) for s in active],
             stacked=[s.adapters for s in active],
             guidance_scale=self.guidance_scale,
+            resolution=self.config.resolution,
             config=self.config.model_dump(mode="json"),
         )
-        directory = self.config.output_dir / "adapter"
+        directory = self.config.output_dir / folder
         save_adapter(self.nets, info, directory)
         return directory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -20,50 +19,6 @@ def asset(*parts: str) -> Path:
 def model_path(model: str) -> str:
     """Where a model is loaded from: the embedded one by its name, any other as given."""
     return str(asset(EMBEDDED)) if model == EMBEDDED else model
-
-
-def shortcut_for(model: str, shortcut: str) -> Path | None:
-    """The few-step LoRA file that an option names; None for a plain DDIM jump.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if shortcut in ("none", "plain"):
-        return None
-    if shortcut != "auto":
-        path = Path(shortcut)
-    elif model == EMBEDDED:
-        path = asset("shortcut", "shortcut.safetensors")
-    else:
-        raise UserError(
-            f"--shortcut auto: no shortcut ships for {model}; give a few-step LoRA file (make one "
-            "by `shortft shortcut`), or `none` for plain DDIM jumps"
-        )
-    if not path.is_file():
-        raise UserError(f"--shortcut {shortcut}: no such file; make one by `shortft shortcut`")
-    return path
-
-
-def own_guidance(shortcut: Path | None) -> float:
-    """The guidance that a shortcut was made to run with, from the JSON file beside it.
-
-    1 (unguided, as released few-step LoRAs run) where there is no such file.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    card = shortcut.with_suffix(".json") if shortcut else None
-    if card is None or not card.is_file():
-        return 1.0
-    try:
-        return float(json.loads(card.read_text(encoding="utf-8"))["shortcut_guidance_scale"])
-    except KeyError:
-        return 1.0
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{card}: damaged ({error}); restore it, or remove it and give "
-            "--shortcut-guidance-scale"
-        ) from error
 
 
 def prompts_for(model: str, kind: str) -> list[str]:

@@ -109,6 +109,15 @@ def draw_curves(
 
     _frame(axes[2], "update", held_out_name)
     _marks(axes[2], eval_updates, _column(log.evaluations, "eval_held_out"), GREEN, "o", "")
+    for row in log.evaluations:
+        if row.get("guard"):
+            axes[2].axvline(row["update"], color="#B03A00", lw=1.2, ls="--")
+            where = {
+                "transform": axes[2].get_xaxis_transform(),
+                "color": "#B03A00",
+                "fontsize": 8.5,
+            }
+            axes[2].text(row["update"], 0.02, " guard", va="bottom", **where)
     _frame(axes[3], "update", "gradient norm")
     norm = _column(log.updates, "grad_norm")
     _noisy(axes[3], updates, np.where(norm > 0, norm, np.nan), stages, PURPLE, "", log=True)

@@ -1,0 +1,307 @@
+"""`shortft export`: an adapter in the layouts that other tools read.
+
+Tools without timestep schedules get one plain LoRA that acts at every timestep: the stacked LoRAs
+side by side, each weighted by the share of the steps at which it acts. What that costs in reward
+is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from shortft.adapter import AdapterInfo, lora_file, read_info
+from shortft.assets import model_path, prompts_for
+from shortft.comfyui import workflow
+from shortft.drawing.files import write_atomic
+from shortft.errors import UserError
+from shortft.families import load_family
+from shortft.families.base import Family
+from shortft.inputs import read_prompts
+from shortft.quiet import quiet
+
+Format = Literal["diffusers", "kohya", "comfyui", "merged"]
+PLAIN = "plain.safetensors"
+# What tools show and sort by: kohya's name of the base, and modelspec's architecture.
+BASES = {
+    "sd": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    "sd3": ("sd3", "stable-diffusion-3-medium/lora"),
+    "flux": ("flux1", "flux-1-dev/lora"),
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a plain LoRA loses: mean rewards of the base, with the schedule, and without it."""
+
+    base: float
+    scheduled: float
+    plain: float
+
+    def text(self) -> str:
+        gain = self.scheduled - self.base
+        kept = f", {100 * (self.plain - self.base) / gain:.0f} % of the gain" if gain > 0 else ""
+        return (
+            f"reward on held-out prompts: base {self.base:.4f}, with the schedule "
+            f"{self.scheduled:.4f}, as one plain LoRA {self.plain:.4f}{kept}"
+        )
+
+
+def plain_state(states: list[dict[str, Tensor]], info: AdapterInfo) -> dict[str, Tensor]:
+    """One LoRA from stacked ones: ranks side by side, weights as often as each one acts.
+
+    Args:
+        states: weights of LoRA 1…k by key (`….lora_A.weight` (r, in), `….lora_B.weight` (out, r)).
+
+    Returns:
+        Weights of rank k·r under the same keys, alpha = rank.
+    """
+    shares = [
+        sum(count >= number for count in info.stacked) / info.num_steps
+        for number in range(1, len(states) + 1)
+    ]
+    merged: dict[str, Tensor] = {}
+    for key in states[0]:
+        if ".lora_A." in key:
+            merged[key] = torch.cat([state[key] for state in states])
+        else:
+            pairs = zip(states, shares, strict=True)
+            merged[key] = torch.cat([share * state[key] for state, share in pairs], dim=1)
+    return merged
+
+
+def kohya_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that kohya's tools, A1111 and ComfyUI read.
+
+    U-Nets get kohya's names with an alpha per layer; transformers keep peft's, which ComfyUI
+    reads for SD3 and FLUX.
+    """
+    if not all(key.startswith("unet.") for key in state):
+        return dict(state)
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+    converted = convert_state_dict_to_kohya(dict(state))
+    # alpha = rank throughout, as ours are trained.
+    return {
+        key: value.float() if key.endswith(".alpha") else value.contiguous()
+        for key, value in converted.items()
+    }
+
+
+def header(info: AdapterInfo, family: str, title: str, rank: int) -> dict[str, str]:
+    """The fields of a LoRA file's header that tools show."""
+    base, architecture = BASES.get(family, (family, f"{family}/lora"))
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_base_model_version": base,
+        "ss_sd_model_name": info.base_model,
+        "ss_training_comment": f"shortft {info.config.get('method', '')}: "
+        f"{info.config.get('reward', '')}",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+    }
+
+
+def write_plain_adapter(
+    states: list[dict[str, Tensor]], info: AdapterInfo, family: Family, directory: Path
+) -> AdapterInfo:
+    """The plain LoRA as an adapter of its own, which acts at every timestep."""
+    times = [round(float(t)) for t in family.schedule(info.num_steps).timesteps]
+    plain = replace(
+        info,
+        loras=1,
+        rank=info.rank * len(states),
+        placement="everywhere",
+        timesteps=times,
+        stacked=[1] * len(times),
+    )
+    write_atomic(directory / lora_file(1), save(plain_state(states, info), {"format": "pt"}))
+    fields = json.dumps(vars(plain), indent=2) + "\n"
+    write_atomic(directory / "adapter.json", fields.encode())
+    return plain
+
+
+def measure_loss(
+    family: Family, adapter: Path, plain: Path, info: AdapterInfo, prompts: list[str]
+) -> Loss:
+    """Mean rewards of base, scheduled and plain adapter on the same prompts and noise."""
+    from shortft.evaluate import base_pictures, evaluate
+    from shortft.rewards import make_reward
+
+    reward = make_reward(
+        str(info.config["reward"]), info.config.get("reward_model"), str(family.device)
+    )
+    before = base_pictures(
+        family,
+        prompts,
+        seeds=2,
+        num_steps=info.num_steps,
+        guidance_scale=info.guidance_scale,
+    )
+    figures = [
+        evaluate(family, path, reward, prompts, seeds=2, before=before)[0]["reward"]
+        for path in (adapter, plain)
+    ]
+    return Loss(figures[0]["before"], figures[0]["after"], figures[1]["after"])
+
+
+def card(info: AdapterInfo, kind: str, files: list[str], notes: list[str]) -> str:
+    """README.md of an export: what it is, how it was made, and how it is used."""
+    settings = {
+        name: info.config[name]
+        for name in ("method", "reward", "updates", "minutes", "rank", "learning_rate", "seed")
+        if info.config.get(name) is not None
+    }
+    lines = [
+        f"# {info.config.get('reward', 'reward')} LoRA for {info.base_model}",
+        "",
+        f"Trained by shortft ({kind} export). Guidance scale {info.guidance_scale:g}, "
+        f"{info.num_steps} steps.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+        "Files: " + ", ".join(f"`{name}`" for name in files) + ".",
+        "",
+        *notes,
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def export_command(
+    adapter: Path,
+    kind: Format,
+    output_dir: Path,
+    model: str | None,
+    prompts_path: Path | None,
+    num_prompts: int,
+    measure: bool,
+) -> None:
+    """`shortft export`: write the files and a card; print what a plain LoRA loses.
+
+    Raises:
+        UserError: if the adapter is damaged, or the folder holds something already.
+    """
+    from rich.console import Console
+
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
+    info = read_info(adapter)
+    console = Console()
+    with console.status(f"loading {model or info.base_model}"):
+        family = load_family(model or info.base_model, resolution=info.resolution)
+    states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
+    name = adapter.resolve().parent.name or "shortft"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    scratch = output_dir / ".plain"
+    plain = write_plain_adapter(states, info, family, scratch)
+    if info.placement == "everywhere":
+        notes.append("It acts at every timestep: use it like any LoRA.")
+    elif measure:
+        notes.append(_loss_note(family, adapter, scratch, info, prompts_path, num_prompts, console))
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    if kind == "merged":
+        _write_merged(model or info.base_model, scratch, output_dir)
+        notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
+    else:
+        notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
+    if kind == "diffusers":
+        shutil.copy(adapter / "adapter.json", output_dir / "adapter.json")
+        notes.append(
+            "`shortft.load_adapter(pipe, FOLDER)` routes the numbered LoRAs by timestep; "
+            f"`pipe.load_lora_weights(FOLDER, weight_name='{PLAIN}')` loads the plain one."
+        )
+    shutil.rmtree(scratch)
+    files = sorted(p.name for p in output_dir.iterdir())
+    write_atomic(output_dir / "README.md", card(info, kind, files, notes).encode())
+    console.print(f"{output_dir}: {', '.join([*files, 'README.md'])}", markup=False)
+
+
+def _loss_note(
+    family: Family,
+    adapter: Path,
+    plain: Path,
+    info: AdapterInfo,
+    prompts_path: Path | None,
+    num_prompts: int,
+    console: Any,
+) -> str:
+    try:
+        listed = (
+            read_prompts(prompts_path) if prompts_path else prompts_for(info.base_model, "held_out")
+        )
+    except UserError:
+        return (
+            "What the plain LoRA loses was not measured: give --prompts with prompts that were "
+            "not trained on."
+        )
+    count = min(num_prompts, len(listed))
+    prompts = [listed[i * len(listed) // count] for i in range(count)]
+    with console.status(f"measuring on {count} held-out prompts"):
+        return measure_loss(family, adapter, plain, info, prompts).text() + "."
+
+
+def _write_loras(
+    kind: Format,
+    states: list[dict[str, Tensor]],
+    info: AdapterInfo,
+    plain: AdapterInfo,
+    family: Family,
+    name: str,
+    scratch: Path,
+    output_dir: Path,
+) -> list[str]:
+    """The numbered LoRAs and the plain one; for ComfyUI a workflow that schedules them."""
+
+    def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state if kind == "diffusers" else kohya_state(state)
+
+    names = []
+    for number, state in enumerate(states, start=1):
+        file = lora_file(number) if kind == "diffusers" else f"{name}-{number}.safetensors"
+        fields = header(info, family.name, f"{name} {number}", info.rank)
+        write_atomic(output_dir / file, save(converted(state), fields))
+        names.append(file)
+    whole = PLAIN if kind == "diffusers" else f"{name}-plain.safetensors"
+    fields = header(info, family.name, name, plain.rank)
+    write_atomic(output_dir / whole, save(converted(load_file(scratch / lora_file(1))), fields))
+    if kind != "comfyui":
+        return []
+    total = family.schedule(info.num_steps).train_timesteps
+    graph = workflow(info, names, total)
+    write_atomic(output_dir / "workflow.json", (json.dumps(graph, indent=2) + "\n").encode())
+    return [
+        "Put the numbered files into ComfyUI's `models/loras`, load `workflow.json` (API format), "
+        "and choose your checkpoint and prompt. The hooks switch each LoRA on at its timesteps. "
+        "ComfyUI itself was not at hand when this was written: the workflow follows its nodes' "
+        "declared inputs."
+    ]
+
+
+def _write_merged(model: str, plain: Path, output_dir: Path) -> None:
+    """A whole diffusers pipeline with the plain LoRA folded into its denoiser."""
+    from diffusers import DiffusionPipeline
+
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(model_path(model))
+        pipe.load_lora_weights(str(plain), weight_name=lora_file(1))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(output_dir)

@@ -1,0 +1,90 @@
+"""Which file a shortcut's name stands for, and how it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from shortft.errors import UserError
+from shortft.families.base import Guidance
+from shortft.networks import SHORTCUT, ModelNetworks
+from shortft.plans import Step
+from shortft.shortcuts import PUBLISHED, check_shortcut, find_shortcut
+from test_chain import make_shortcut
+from tiny import tiny_family
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str, str | None]]:
+    """A hub that has everything; what was asked of it."""
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repo: str, file: str, revision: str | None = None) -> str:
+        asked.append((repo, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_ones_run_as_their_authors_say(hub, name: str):
+    wanted = PUBLISHED[name]
+    found = find_shortcut("some/model", name, wanted.steps)
+    assert hub == [("ByteDance/Hyper-SD", wanted.file, None)]
+    assert (found.guidance_scale, found.scale) == (wanted.guidance_scale, wanted.scale)
+    assert ("CFG" in wanted.file or "FLUX" in wanted.file) == (found.guidance_scale > 1)
+    with pytest.raises(UserError, match=f"use --segments {wanted.steps}"):
+        find_shortcut("some/model", name, wanted.steps + 1)
+
+
+def test_any_file_on_the_hub(hub):
+    find_shortcut("some/model", "owner/name/sub/x.safetensors@v1", 4)
+    assert hub == [("owner/name", "sub/x.safetensors", "v1")]
+    assert check_shortcut("--shortcut", "owner/name/x.safetensors")
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    def fails(*args: object, **options: object) -> str:
+        raise OSError("no\nroute")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(UserError, match="cannot be fetched \\(no route\\); give a local file"):
+        find_shortcut("some/model", "hyper-sd15-4", 4)
+
+
+def test_the_shipped_one_and_none():
+    assert find_shortcut("emoji", "auto", 4).guidance_scale == 3
+    assert find_shortcut("emoji", "plain", 4).path is None
+    with pytest.raises(UserError, match="no shortcut ships for mine"):
+        find_shortcut("mine", "auto", 4)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_scale_is_the_lora_scale(tmp_path: Path, merge: bool):
+    family = tiny_family()
+    path = make_shortcut(family, tmp_path / "s.safetensors")
+
+    def predict(scale: float) -> torch.Tensor:
+        nets = ModelNetworks(
+            family,
+            guidance=Guidance(),
+            shortcut=path,
+            shortcut_scale=scale,
+            merge_shortcut=merge,
+        )
+        assert not any(p.requires_grad for p in nets.module(step).parameters())
+        with torch.no_grad():
+            return nets.predict(step, family.noise([1]), 501.0, family.encode(["red apple"]))
+
+    step = Step(0, 1, "shortcut")
+    base = ModelNetworks(family, guidance=Guidance(), plain_jumps=True)
+    with torch.no_grad():
+        zero = base.predict(step, family.noise([1]), 501.0, family.encode(["red apple"]))
+    torch.testing.assert_close(predict(1e-9), zero, atol=1e-5, rtol=1e-5)
+    assert (predict(1.0) - zero).abs().max() > 1e-3
+    assert (predict(0.125) - zero).norm() < 0.5 * (predict(1.0) - zero).norm()
+    assert SHORTCUT == "shortcut"
