@@ -22,6 +22,7 @@ from shortft.drawing.files import write_atomic
 
 # Okabe and Ito's palette: told apart with any common colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#A0528A", "#666666"
+ALARM = "#B03A00"
 STAGE_SHADES = ("#F3F5F8", "#E6EAF0")
 
 
@@ -111,13 +112,11 @@ def draw_curves(
     _marks(axes[2], eval_updates, _column(log.evaluations, "eval_held_out"), GREEN, "o", "")
     for row in log.evaluations:
         if row.get("guard"):
-            axes[2].axvline(row["update"], color="#B03A00", lw=1.2, ls="--")
-            where = {
-                "transform": axes[2].get_xaxis_transform(),
-                "color": "#B03A00",
-                "fontsize": 8.5,
-            }
-            axes[2].text(row["update"], 0.02, " guard", va="bottom", **where)
+            axes[2].axvline(row["update"], color=ALARM, lw=1.2, ls="--")
+            text = axes[2].annotate(
+                " guard", (row["update"], 0.02), xycoords=("data", "axes fraction")
+            )
+            text.set(color=ALARM, fontsize=8.5, va="bottom")
     _frame(axes[3], "update", "gradient norm")
     norm = _column(log.updates, "grad_norm")
     _noisy(axes[3], updates, np.where(norm > 0, norm, np.nan), stages, PURPLE, "", log=True)
