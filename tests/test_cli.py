@@ -12,6 +12,7 @@ import pytest
 import shortft
 from shortft.cli import main
 from shortft.config import Config, load_config, option_name
+from shortft.errors import Stopped
 
 COMMANDS = ["train", "plan", "sample", "evaluate", "check", "shortcut", "demo"]
 
@@ -148,7 +149,8 @@ def test_mistakes_show_no_traceback_from_outside() -> None:
 
 def test_train_passes_its_settings_on(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
     assert main(["train", "--updates", "3", "--no-timestep-lora", "--resume"]) == 0
-    assert calls == [((Config(updates=3, timestep_lora=False),), {"resume": True})]
+    settings = Config(updates=3, timestep_lora=False)
+    assert calls == [((settings,), {"resume": True, "allow_change": False})]
 
 
 def test_plan_takes_the_options_of_train(
@@ -176,14 +178,19 @@ def test_check_returns_its_verdict(calls: list[tuple[tuple[Any, ...], dict[str, 
     assert calls[0][1]["shortcut"] == "auto"
 
 
-def test_interruption_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(config: Config, resume: bool) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("reason", "code"), [(KeyboardInterrupt(), 130), (Stopped(2), 130), (Stopped(15), 143)]
+)
+def test_interruption_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, reason: BaseException, code: int
+) -> None:
+    def interrupted(config: Config, resume: bool, allow_change: bool) -> None:
+        raise reason
 
     stand_in = ModuleType("shortft.train")
     stand_in.train = interrupted  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shortft.train", stand_in)
-    assert main(["train"]) == 130
+    assert main(["train"]) == code
 
 
 def test_package_exports_load_late() -> None:
