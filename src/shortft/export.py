@@ -216,7 +216,7 @@ def export_command(
     elif measure:
         notes.append(_loss_note(family, adapter, scratch, info, prompts_path, num_prompts, console))
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if kind == "merged":
         _write_merged(model or info.base_model, scratch, output_dir)
         notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
@@ -231,7 +231,8 @@ def export_command(
     shutil.rmtree(scratch)
     files = sorted(p.name for p in output_dir.iterdir())
     write_atomic(output_dir / "README.md", card(info, kind, files, notes).encode())
-    console.print(f"{output_dir}: {', '.join([*files, 'README.md'])}", markup=False)
+    written = ", ".join([*files, "README.md"])
+    console.print(f"{output_dir}: {written}", markup=False, soft_wrap=True)
 
 
 def _loss_note(
