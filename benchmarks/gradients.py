@@ -115,7 +115,7 @@ class Bench:
         flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         gradient = torch.cat([g.flatten() for g in flat])
         norms = {point: float(x.grad.norm()) for point, x in seen.items() if x.grad is not None}
-        return gradient, float(scores.mean()), norms
+        return gradient, float(scores.detach().mean()), norms
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
