@@ -21,6 +21,14 @@ def encode_in_batches(
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
+def with_empty(states: Tensor, pooled: Tensor) -> Conditioning:
+    """Conditioning from embeddings and pooled vectors whose first row is the empty prompt's."""
+    count = len(states) - 1
+    return Conditioning(
+        states[1:], states[:1].expand(count, -1, -1), pooled[1:], pooled[:1].expand(count, -1)
+    )
+
+
 class KnownPrompts:
     """Conditionings of known prompts in main memory; the empty prompt's is kept once."""
 
