@@ -68,7 +68,7 @@ class Bench:
             loras=loras,
             rank=16,
             shortcut=shortcut.path,
-            merge_shortcut=not plain,
+            merge=not plain,
             plain_jumps=plain,
         )
         draw = generator(self.seed, 2)

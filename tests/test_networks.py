@@ -13,8 +13,8 @@ from shortft.networks import (
     SHORTCUT,
     ModelNetworks,
     activate,
+    fold,
     lora_name,
-    merge,
     stacked_view,
     view,
 )
@@ -76,8 +76,9 @@ def test_strength_scales_the_loras(nets: ModelNetworks):
         nets.set_strength(1.0)
 
 
-def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks):
-    module = stacked_view(nets._loras, [lora_name(1)], frozen=True)
+@pytest.mark.parametrize("merged", [False, True])
+def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks, merged: bool):
+    module = stacked_view(nets._loras, [lora_name(1)], frozen=True, merged=merged)
     x = nets.family.noise([1]).requires_grad_()
     cond = nets.family.encode(["red apple"])
     module(x, 501, cond.positive, return_dict=False)[0].sum().backward()
@@ -86,10 +87,35 @@ def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks):
     assert all(p.grad is None for p in nets.parameters_of(1).values())
 
 
+def test_merged_loras_follow_every_change(nets: ModelNetworks):
+    names = [lora_name(1), lora_name(2)]
+    branches = stacked_view(nets._loras, names, frozen=True)
+    merged = stacked_view(nets._loras, names, frozen=True, merged=True)
+    parameters = list(nets.parameters_of(2).values())
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    seen = []
+    try:
+        for _ in range(2):
+            with torch.no_grad():
+                seen.append(call(nets, merged))
+                torch.testing.assert_close(seen[-1], call(nets, branches), atol=1e-5, rtol=1e-5)
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+            torch.testing.assert_close(call(nets, merged), seen[0])
+    finally:
+        optimizer.zero_grad()
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_merged_shortcut_equals_the_lora_and_leaves_the_base_alone(nets: ModelNetworks):
     assert nets._shortcut is not None
     before = [p.clone() for p in nets.base.parameters()]
-    merged = merge(nets._shortcut, SHORTCUT)
+    merged = fold(nets._shortcut, SHORTCUT)
     with torch.no_grad():
         torch.testing.assert_close(
             call(nets, merged), call(nets, nets._shortcut), atol=1e-5, rtol=1e-5

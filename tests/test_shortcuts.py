@@ -74,7 +74,7 @@ def test_scale_is_the_lora_scale(tmp_path: Path, merge: bool):
             guidance=Guidance(),
             shortcut=path,
             shortcut_scale=scale,
-            merge_shortcut=merge,
+            merge=merge,
         )
         assert not any(p.requires_grad for p in nets.module(step).parameters())
         with torch.no_grad():

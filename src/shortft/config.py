@@ -120,10 +120,10 @@ class Config(BaseModel):
     shortcut_scale: float | None = Field(
         None, gt=0, description="Scale of the shortcut's LoRA, above 0; none = its own, or 1."
     )
-    merge_shortcut: bool = Field(
+    merge: bool = Field(
         False,
-        description="Fold the shortcut into a copy of the layers it touches: faster, but a second "
-        "copy of most weights; off = run it as a LoRA.",
+        description="Fold LoRAs that do not train (the shortcut's, and the rewards' in calls "
+        "without gradient to them) into copies of the layers they touch: faster, more memory.",
     )
     encode_ahead: bool = Field(
         False,

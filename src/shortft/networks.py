@@ -13,14 +13,15 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from shortft.families.base import Conditioning, Family, Guidance
+from shortft.lora_layers import MergedLinear, StackedLinear
 from shortft.plans import Step
 
 SHORTCUT = "shortcut"
@@ -108,7 +109,7 @@ def replace_lora_layers(module: nn.Module, make: Callable[[LoraLayer], nn.Module
     return replaced
 
 
-def merge(module: nn.Module, name: str) -> nn.Module:
+def fold(module: nn.Module, name: str) -> nn.Module:
     """A view with an adapter folded into new weights of the layers it touches."""
 
     def folded(layer: LoraLayer) -> nn.Module:
@@ -124,40 +125,20 @@ def merge(module: nn.Module, name: str) -> nn.Module:
     return replace_lora_layers(module, folded)
 
 
-class StackedLinear(nn.Module):
-    """A linear layer with several LoRAs as one branch of their summed rank.
+def stacked_view(
+    module: nn.Module, names: Sequence[str], *, frozen: bool, merged: bool = False
+) -> nn.Module:
+    """A view with the named LoRAs active in `StackedLinear` or `MergedLinear` layers."""
 
-    Equal to peft's layer with these adapters active, at a third of its overhead for four of them:
-    ``x Wᵀ + x [A₁; …; Aₙ]ᵀ [B₁ … Bₙ]ᵀ`` (alpha = rank, so that no scale appears).
+    def stacked(layer: LoraLayer) -> nn.Module:
+        down = [layer.lora_A[name].weight for name in names]
+        up = [layer.lora_B[name].weight for name in names]
+        if merged:
+            plain: Any = layer.get_base_layer()
+            return MergedLinear(plain, down, up)
+        return StackedLinear(layer.get_base_layer(), down, up, frozen=frozen)
 
-    Args:
-        layer: peft's layer, whose parameters are used, not copied.
-        names: the adapters that act.
-        frozen: keep gradient from the LoRA parameters; the input's gradient passes.
-    """
-
-    def __init__(self, layer: LoraLayer, names: Sequence[str], *, frozen: bool) -> None:
-        super().__init__()
-        self.base_layer = layer.get_base_layer()
-        self.down = nn.ParameterList(layer.lora_A[name].weight for name in names)
-        self.up = nn.ParameterList(layer.lora_B[name].weight for name in names)
-        self.frozen = frozen
-        self.strength = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        down, up = torch.cat(list(self.down)), torch.cat(list(self.up), dim=1)
-        if self.frozen:
-            down, up = down.detach(), up.detach()
-        if self.strength != 1:
-            up = up * self.strength
-        branch = F.linear(F.linear(x.to(down.dtype), down), up)
-        base: Tensor = self.base_layer(x)
-        return base + branch.to(base.dtype)
-
-
-def stacked_view(module: nn.Module, names: Sequence[str], *, frozen: bool) -> nn.Module:
-    """A view with the named LoRAs active in `StackedLinear` layers."""
-    return replace_lora_layers(module, lambda layer: StackedLinear(layer, names, frozen=frozen))
+    return replace_lora_layers(module, stacked)
 
 
 class ModelNetworks:
@@ -173,8 +154,8 @@ class ModelNetworks:
         shortcut: few-step LoRA file, or None if no plan runs the shortcut.
         shortcut_scale: of its LoRA.
         plain_jumps: let the base itself, unguided, stand in for a shortcut.
-        merge_shortcut: fold the shortcut into a copy of the layers it touches: faster, more
-            memory.
+        merge: fold LoRAs that do not train (the shortcut's, and the rewards' where no gradient
+            reaches them) into copies of the layers they touch: faster, more memory.
     """
 
     def __init__(
@@ -188,7 +169,7 @@ class ModelNetworks:
         seed: int = 0,
         shortcut: Path | None = None,
         shortcut_scale: float = 1.0,
-        merge_shortcut: bool = False,
+        merge: bool = False,
         plain_jumps: bool = False,
     ) -> None:
         self.family = family
@@ -203,8 +184,8 @@ class ModelNetworks:
             if shortcut_scale != 1:
                 activate(self._shortcut, {SHORTCUT: shortcut_scale})
                 self._shortcut.requires_grad_(False)
-            if merge_shortcut:
-                self._shortcut = merge(self._shortcut, SHORTCUT)
+            if merge:
+                self._shortcut = fold(self._shortcut, SHORTCUT)
         self._policies: dict[int, nn.Module] = {}
         self._frozen: dict[int, nn.Module] = {}
         if loras:
@@ -222,7 +203,7 @@ class ModelNetworks:
             for number in range(1, loras + 1):
                 names = [lora_name(i) for i in range(1, number + 1)]
                 self._policies[number] = stacked_view(full, names, frozen=False)
-                self._frozen[number] = stacked_view(full, names, frozen=True)
+                self._frozen[number] = stacked_view(full, names, frozen=True, merged=merge)
             self.train_only(range(1, loras + 1))
 
     def train_only(self, numbers: Sequence[int]) -> list[nn.Parameter]:
@@ -248,7 +229,7 @@ class ModelNetworks:
         """Scale all reward LoRAs."""
         for policy in (*self._policies.values(), *self._frozen.values()):
             for layer in policy.modules():
-                if isinstance(layer, StackedLinear):
+                if isinstance(layer, (StackedLinear, MergedLinear)):
                     layer.strength = strength
 
     def module(self, step: Step) -> nn.Module:

@@ -208,7 +208,7 @@ FREE = {
     "prompts",  # compared by content, as is the shortcut
     "shortcut",
     "recompute",
-    "merge_shortcut",
+    "merge",
     "accumulation",
     "split_on_out_of_memory",
     "reward_seconds",

@@ -111,7 +111,7 @@ class Trainer:
             seed=config.seed,
             shortcut=shortcut.path,
             shortcut_scale=config.shortcut_scale or shortcut.scale,
-            merge_shortcut=config.merge_shortcut,
+            merge=config.merge,
             plain_jumps=config.shortcut == "plain",
         )
         self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
@@ -400,8 +400,8 @@ def memory_advice(config: Config, micro_batch: int) -> str:
         advice.append(f"--accumulation {config.batch_size} (pictures one by one, same updates)")
     if config.precision == "fp32":
         advice.append("--precision bf16 (half)")
-    if config.merge_shortcut:
-        advice.append("--no-merge-shortcut (no second copy of its layers)")
+    if config.merge:
+        advice.append("--no-merge (no copies of layers with LoRAs)")
     ways = ", ".join(advice) or "a smaller --rank, or a smaller model"
     return (
         f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
