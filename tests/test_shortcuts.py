@@ -12,7 +12,7 @@ from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, ModelNetworks
 from shortft.plans import Step
-from shortft.shortcuts import PUBLISHED, check_shortcut, find_shortcut
+from shortft.shortcuts import PUBLISHED, Shortcut, check_shortcut, find_shortcut
 from test_chain import make_shortcut
 from tiny import tiny_family
 
@@ -24,6 +24,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str,
 
     def download(repo: str, file: str, revision: str | None = None) -> str:
         asked.append((repo, file, revision))
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -31,14 +33,33 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str,
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_published_ones_run_as_their_authors_say(hub, name: str):
+def test_published_ones_run_as_their_authors_say(hub, name: str, tmp_path: Path):
     wanted = PUBLISHED[name]
-    found = find_shortcut("some/model", name, wanted.steps)
-    assert hub == [("ByteDance/Hyper-SD", wanted.file, None)]
+    found = find_shortcut("some/model", name, wanted.steps or 5)
+    assert hub == [(wanted.repo, wanted.file, None)]
     assert (found.guidance_scale, found.scale) == (wanted.guidance_scale, wanted.scale)
-    assert ("CFG" in wanted.file or "FLUX" in wanted.file) == (found.guidance_scale > 1)
-    with pytest.raises(UserError, match=f"use --segments {wanted.steps}"):
-        find_shortcut("some/model", name, wanted.steps + 1)
+    guided = any(word in wanted.file for word in ("CFG", "FLUX", "normalcfg"))
+    assert guided == (found.guidance_scale > 1)
+    assert (found.scale == 0.125) == ("SD3" in wanted.file or "FLUX" in wanted.file)
+    # The same file by its place on the hub, and (but for TCD's, called as many are) as a copy.
+    places = [f"{wanted.repo}/{wanted.file}"]
+    if wanted.steps:
+        assert f"{wanted.steps}step" in wanted.file
+        places.append(str(tmp_path / wanted.file))
+    for place in places:
+        again = find_shortcut("some/model", place, wanted.steps or 8)
+        assert again == found
+        if wanted.steps:
+            with pytest.raises(UserError, match=f"use --segments {wanted.steps}"):
+                find_shortcut("some/model", place, wanted.steps + 1)
+
+
+def test_a_file_that_is_called_as_many_others_runs_unguided(tmp_path: Path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    path.touch()
+    assert find_shortcut("some/model", str(path), 5) == Shortcut(path)
+    path.with_suffix(".json").write_text('{"shortcut_guidance_scale": 2.5}')
+    assert find_shortcut("some/model", str(path), 5).guidance_scale == 2.5
 
 
 def test_any_file_on_the_hub(hub):

@@ -34,7 +34,7 @@ from shortft.methods.catalog import METHODS, read_options
 from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import parse_reward_spec
-from shortft.shortcuts import PUBLISHED, check_shortcut
+from shortft.shortcuts import check_shortcut
 
 DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
 
@@ -108,8 +108,9 @@ class Config(BaseModel):
     shortcut: str = Field(
         "auto",
         description="Few-step LoRA that jumps over a segment: 'auto' (the one shipped for the "
-        "model), a file, a file on the hub (owner/name/file.safetensors), a published one "
-        f"({', '.join(PUBLISHED)}), 'none' (guided DDIM jumps of the base) or 'plain' (unguided).",
+        "model), a file, a file on the hub (owner/name/file.safetensors), a published one such as "
+        "hyper-sd15-4, pcm-sdxl-8 or tcd-sd15 (docs/shortcuts.md lists them), 'none' (guided DDIM "
+        "jumps of the base) or 'plain' (unguided).",
     )
     shortcut_guidance_scale: float | None = Field(
         None,

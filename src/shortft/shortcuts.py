@@ -23,30 +23,59 @@ class Published:
 
     Attributes:
         repo, file: where it lies.
-        steps: what it was distilled for; ShortFT's segments must be as many.
+        steps: what it was distilled for; ShortFT's segments must be as many. None: it jumps
+            between any two times, so that any number will do.
         guidance_scale: what it runs with; 1 is unguided.
         scale: of the LoRA.
     """
 
     repo: str
     file: str
-    steps: int
+    steps: int | None
     guidance_scale: float = 1.0
     scale: float = 1.0
 
 
-HYPER = "ByteDance/Hyper-SD"
-# As their authors' model card says; no file was at hand to try. See docs/shortcuts.md.
+HYPER, PCM, TCD = "ByteDance/Hyper-SD", "wangfuyun/PCM_Weights", "h1t/TCD-{}-LoRA"
+# As their authors' model cards say; no file was at hand to try. See docs/shortcuts.md.
 PUBLISHED = {
+    "hyper-sd15-2": Published(HYPER, "Hyper-SD15-2steps-lora.safetensors", 2),
     "hyper-sd15-4": Published(HYPER, "Hyper-SD15-4steps-lora.safetensors", 4),
     "hyper-sd15-8": Published(HYPER, "Hyper-SD15-8steps-lora.safetensors", 8),
     "hyper-sd15-8-cfg": Published(HYPER, "Hyper-SD15-8steps-CFG-lora.safetensors", 8, 5.0),
+    "hyper-sd15-12-cfg": Published(HYPER, "Hyper-SD15-12steps-CFG-lora.safetensors", 12, 5.0),
+    "hyper-sdxl-2": Published(HYPER, "Hyper-SDXL-2steps-lora.safetensors", 2),
     "hyper-sdxl-4": Published(HYPER, "Hyper-SDXL-4steps-lora.safetensors", 4),
     "hyper-sdxl-8": Published(HYPER, "Hyper-SDXL-8steps-lora.safetensors", 8),
     "hyper-sdxl-8-cfg": Published(HYPER, "Hyper-SDXL-8steps-CFG-lora.safetensors", 8, 5.0),
+    "hyper-sdxl-12-cfg": Published(HYPER, "Hyper-SDXL-12steps-CFG-lora.safetensors", 12, 5.0),
     "hyper-sd3-4": Published(HYPER, "Hyper-SD3-4steps-CFG-lora.safetensors", 4, 3.0, 0.125),
     "hyper-sd3-8": Published(HYPER, "Hyper-SD3-8steps-CFG-lora.safetensors", 8, 5.0, 0.125),
+    "hyper-sd3-16": Published(HYPER, "Hyper-SD3-16steps-CFG-lora.safetensors", 16, 7.0, 0.125),
     "hyper-flux-8": Published(HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 8, 3.5, 0.125),
+    "hyper-flux-16": Published(HYPER, "Hyper-FLUX.1-dev-16steps-lora.safetensors", 16, 3.5, 0.125),
+    **{
+        f"pcm-{base}-{steps}{cfg}": Published(
+            PCM,
+            f"{base}/pcm_{base}_{kind}_{steps}step_converted.safetensors",
+            steps,
+            guidance_scale,
+        )
+        for base in ("sd15", "sdxl")
+        for cfg, kind, guidance_scale, counts in (
+            ("", "smallcfg", 1.0, (2, 4, 8, 16)),
+            ("-cfg", "normalcfg", 7.5, (4, 8, 16)),
+        )
+        for steps in counts
+    },
+    **{
+        name: Published(TCD.format(base), "pytorch_lora_weights.safetensors", None)
+        for name, base in (
+            ("tcd-sd15", "SD15"),
+            ("tcd-sd21", "SD21-base"),
+            ("tcd-sdxl", "SDXL"),
+        )
+    },
 }
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)/([^@]+\.safetensors)(?:@([\w.-]+))?")
 
@@ -85,35 +114,53 @@ def check_shortcut(option: str, value: str) -> str:
 def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
     """The shortcut that an option names; one on the hub is downloaded.
 
+    A file is run as its publisher says where its name is that of a published one, or as the JSON
+    file beside it says where it was made by `shortft shortcut`; any other runs unguided.
+
     Args:
-        segments: of the chain; a published shortcut fits one number only.
+        segments: of the chain; most published shortcuts fit one number only.
 
     Raises:
         UserError: if there is none, it cannot be fetched, or it fits other segments.
     """
     if name in BASE_JUMPS:
         return Shortcut(None)
-    if name in PUBLISHED:
-        found = PUBLISHED[name]
-        if found.steps != segments:
-            raise UserError(
-                f"--segments {segments}: {name} was distilled for {found.steps} steps; use "
-                f"--segments {found.steps}"
-            )
-        path = fetch(name, found.repo, found.file, None)
-        return Shortcut(path, found.guidance_scale, found.scale)
     on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
-    if on_hub:
-        return Shortcut(fetch(name, on_hub[1], on_hub[2], on_hub[3]))
-    if name == "auto" and model != EMBEDDED:
+    known = PUBLISHED.get(name) or _published(*(on_hub.groups()[:2] if on_hub else (None, name)))
+    if known is not None and known.steps not in (None, segments):
+        raise UserError(
+            f"--segments {segments}: {name} was distilled for {known.steps} steps; use "
+            f"--segments {known.steps}"
+        )
+    if name in PUBLISHED:
+        path = fetch(name, PUBLISHED[name].repo, PUBLISHED[name].file, None)
+    elif on_hub:
+        path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
+    elif name != "auto":
+        path = Path(name)
+    elif model == EMBEDDED:
+        path = asset("shortcut", "shortcut.safetensors")
+    else:
         raise UserError(
             f"--shortcut auto: no shortcut ships for {model}; give a few-step LoRA file (make one "
-            f"by `shortft shortcut`), one of {', '.join(PUBLISHED)}, or `none` for DDIM jumps"
+            "by `shortft shortcut`), a published one such as "
+            f"{', '.join(list(PUBLISHED)[:3])}, or `none` for DDIM jumps"
         )
-    path = asset("shortcut", "shortcut.safetensors") if name == "auto" else Path(name)
+    if known is not None:
+        return Shortcut(path, known.guidance_scale, known.scale)
     if not path.is_file():
         raise UserError(f"--shortcut {name}: no such file; make one by `shortft shortcut`")
     return Shortcut(path, own_guidance(path))
+
+
+def _published(repo: str | None, file: str) -> Published | None:
+    """The published shortcut that a file on the hub, or a copy of it under its name, is."""
+    for known in PUBLISHED.values():
+        # A copy of a file that is called as many others are could be anything.
+        own_name = known.steps is not None and Path(known.file).name == Path(file).name
+        if (repo, file) == (known.repo, known.file) or own_name:
+            return known
+    return None
 
 
 def fetch(name: str, repo: str, file: str, revision: str | None) -> Path:

@@ -1,15 +1,12 @@
-"""Reading models and LoRAs through diffusers, with one clear line for whatever is wrong."""
+"""Reading models through diffusers, with one clear line for whatever is wrong."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from shortft.assets import model_path
 from shortft.errors import UserError
@@ -78,55 +75,6 @@ def latent_side(
             f"--resolution {resolution}: {source} needs a multiple of {factor * patch} pixels"
         )
     return resolution // factor
-
-
-def add_lora_file(
-    net: Any,
-    path: Path,
-    adapter_name: str,
-    source: str,
-    *,
-    prefix: str,
-    read: Callable[..., tuple[dict[str, Tensor], Any, Any]],
-) -> None:
-    """Add a LoRA file to a view of a denoiser, frozen.
-
-    Args:
-        net: the view, a diffusers model.
-        source: the model's name, for messages.
-        prefix: of the denoiser's keys in the file.
-        read: (directory, weight_name=…, …) → weights in diffusers' or peft's names, network
-            alphas or None, and metadata or None.
-
-    Raises:
-        UserError: if the file is missing, damaged or made for another architecture.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such LoRA file")
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            state, alphas, metadata = read(
-                str(path.parent),
-                weight_name=path.name,
-                return_lora_metadata=True,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            if not any(key.startswith(f"{prefix}.") and "lora" in key for key in state):
-                raise ValueError(f"it holds no LoRA weights of a {prefix}")
-            net.load_lora_adapter(
-                state,
-                prefix=prefix,
-                network_alphas=alphas,
-                adapter_name=adapter_name,
-                metadata=metadata,
-            )
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path}: cannot be loaded as a LoRA of {source} ({first_line(error)}); "
-            "check that it was made for this architecture"
-        ) from error
-    net.requires_grad_(False)
 
 
 def first_line(error: BaseException) -> str:

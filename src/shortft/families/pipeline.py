@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Guidance, autocast, classifier_free, seeded_noise
-from shortft.families.files import add_lora_file, latent_side, load_pipeline, own_defaults
+from shortft.families.files import latent_side, load_pipeline, own_defaults
+from shortft.families.lora_files import add_lora_file
 from shortft.families.text import KnownPrompts
 from shortft.quiet import quiet
 
