@@ -32,6 +32,7 @@ def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
     return {
         "model": str(model),
         "shortcut": str(shortcut),
+        "check_shortcut": False,  # it is random
         "prompts": prompts,
         "reward": "symmetry",
         "num_steps": 8,

@@ -121,6 +121,11 @@ class Config(BaseModel):
     shortcut_scale: float | None = Field(
         None, gt=0, description="Scale of the shortcut's LoRA, above 0; none = its own, or 1."
     )
+    check_shortcut: bool = Field(
+        True,
+        description="Before training, measure a shortcut that is not the shipped one on a few "
+        "prompts, and refuse it where it lands no closer to the base's chain than the base does.",
+    )
     merge: bool = Field(
         False,
         description="Fold LoRAs that do not train (the shortcut's, and the rewards' in calls "

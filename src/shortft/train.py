@@ -16,6 +16,7 @@ from shortft.drawing.curves import read_metrics
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress, memory_text
 from shortft.errors import Stopped, UserError
+from shortft.faithful import require_faithful
 from shortft.guard import Guard, Look
 from shortft.interrupts import Interrupts
 from shortft.memory import peak_memory_bytes
@@ -76,6 +77,7 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
             progress.log(f"warning: {warning}")
         if resume:
             progress.log(f"continuing after update {trainer.counters.update}")
+        require_faithful(trainer, progress.log)
         try:
             if main:
                 remember(trainer.guard, root / "metrics.jsonl")
@@ -207,6 +209,7 @@ FREE = {
     "encode_ahead",
     "prompts",  # compared by content, as is the shortcut
     "shortcut",
+    "check_shortcut",
     "recompute",
     "merge",
     "accumulation",

@@ -75,9 +75,9 @@ class Trainer:
         shown = config.sample_from
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
         by_segment = METHODS[config.method].by_segment
-        shortcut = Shortcut(None)
+        self.shortcut = shortcut = Shortcut(None)
         if by_segment:
-            shortcut = find_shortcut(config.model, config.shortcut, config.segments)
+            self.shortcut = shortcut = find_shortcut(config.model, config.shortcut, config.segments)
         digest = hashlib.sha256("\n".join(self.prompts).encode())
         digest.update(shortcut.path.read_bytes() if shortcut.path else b"")
         self.inputs = digest.hexdigest()  # of what the configuration names by path only

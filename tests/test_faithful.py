@@ -1,0 +1,93 @@
+"""A shortcut that leaves the base's trajectory is refused before training; a good one is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shortft.assets import asset
+from shortft.config import Config
+from shortft.errors import UserError
+from shortft.faithful import RECORD, jump_errors, require_faithful
+from shortft.families.base import Guidance
+from shortft.shortcut_check import Jumper, measure
+from shortft.train import train
+from shortft.trainer import NOISE, Trainer
+
+
+def shipped_copy(tmp_path: Path, **change: Any) -> Config:
+    """The embedded model with a copy of its own shortcut: a file like any other."""
+    path = tmp_path / "mine.safetensors"
+    shutil.copy(asset("shortcut", "shortcut.safetensors"), path)
+    shutil.copy(asset("shortcut", "shortcut.json"), path.with_suffix(".json"))
+    settings = {"shortcut": str(path), "num_steps": 16, "rank": 2, "tensorboard": False}
+    return Config(**{**settings, "output_dir": tmp_path / "run", **change})
+
+
+def test_a_good_one_passes_and_is_measured_once(tmp_path: Path):
+    trainer = Trainer(shipped_copy(tmp_path))
+    told: list[str] = []
+    require_faithful(trainer, told.append)
+    assert "4 prompts, 22 network calls each" in told[0]
+    kept = json.loads((tmp_path / "run" / RECORD).read_text())
+    assert kept["shortcut"] < 0.9 * kept["base"]
+    require_faithful(trainer, told.append)
+    assert len(told) == 2
+    shipped = trainer.config.model_copy(update={"shortcut": "auto", "output_dir": tmp_path})
+    trainer.config = shipped
+    require_faithful(trainer, told.append)
+    assert len(told) == 2
+
+
+def test_errors_are_those_of_shortft_check(settings: dict[str, Any]):
+    """All segments but the first one, against the base under the shortcut's guidance."""
+    trainer = Trainer(Config(**settings, shortcut_guidance_scale=3.0))
+    jumps = [step for step in trainer.plan(0, 1).steps if step.net == "shortcut"]
+    found = jump_errors(trainer, jumps)
+    family, nets = trainer.family, trainer.nets
+    prompts = [trainer.prompts[i % 3] for i in range(4)]
+    from shortft.faithful import NOISE as OWN
+    from shortft.seeds import sample_seed
+
+    assert OWN != NOISE
+    measured = measure(
+        family,
+        [
+            Jumper("shortcut", nets.module(jumps[0]), Guidance(3.0)),
+            Jumper("base", family.denoiser, Guidance(3.0)),
+        ],
+        trainer.schedule,
+        4,
+        family.encode(prompts),
+        family.noise([sample_seed(0, OWN, i) for i in range(4)]),
+        nets.guidance,
+    )
+    expected = [torch.tensor(m.jump_error[1:]).mean() for m in measured]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_random_lora_is_refused_unless_it_is_wanted(settings: dict[str, Any], model: Path):
+    config = Config(**{**settings, "check_shortcut": True, "updates": 1, "sample_every": 0})
+    with pytest.raises(UserError, match="does not preserve the trajectory") as caught:
+        train(config)
+    told = str(caught.value)
+    assert told.startswith(f"--shortcut {config.shortcut}: ")
+    assert "--no-check-shortcut" in told
+    assert "\n" not in told
+    assert not (config.output_dir / "checkpoints").exists()
+    # Nothing stands in the way of a second try in the same folder.
+    train(Config(**{**config.model_dump(), "check_shortcut": False}))
+    assert (config.output_dir / "adapter" / "adapter.json").exists()
+
+
+def test_methods_that_never_run_the_shortcut_do_not_measure_it(settings: dict[str, Any]):
+    told: list[str] = []
+    for change in ({"method": "draft_k"}, {"method_options": {"jump": "ddim"}}):
+        trainer = Trainer(Config(**{**settings, **change, "check_shortcut": True}))
+        require_faithful(trainer, told.append)
+    assert told == []
