@@ -1,4 +1,4 @@
-"""SDXL, SD3 and FLUX against diffusers' own pipelines, and their gradients, on tiny models."""
+"""Every family against diffusers' own pipelines, and their gradients, on tiny models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from shortft import load_adapter
@@ -23,6 +24,7 @@ from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters,
 from shortft.plans import Plan, base_plan, inference_plan
 from shortft.quiet import quiet
 from shortft.sampling import generate
+from shortft.step import decode
 from shortft.trainer import Trainer
 from tiny import randomise_loras, to_float64
 from tiny_families import BUILDERS, tiny
@@ -30,7 +32,7 @@ from tiny_families import BUILDERS, tiny
 PROMPTS = ["red apple", "panda face"]
 SEEDS = [3, 4]
 STEPS, K, SCALE = 6, 3, 3.0
-GUIDED = ["sdxl", "sd3"]  # classifier-free guidance; FLUX's is an input of the network
+GUIDED = ["sd", "sdxl", "sd3"]  # classifier-free guidance; FLUX's is an input of the network
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,80 @@ def test_conditioning_rows_dtype_and_text_encoders_that_left(models: dict[str, P
     assert half.positive.dtype == half.pooled.dtype == torch.bfloat16
     with pytest.raises(UserError, match="prompt 'pizza': not encoded before"):
         family.encode(["pizza"])
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_decoding_one_by_one_equals_decoding_at_once(models: dict[str, Path], name: str):
+    """Images and gradient in fp64; what is kept is the latents of each picture, no activation."""
+    family = load_family(str(models[name]), device="cpu")
+    family.vae.double()  # type: ignore[attr-defined]
+    noise = family.noise([1, 2, 3]).double()
+    results, kept = [], []
+    for recompute in (False, True):
+        latents = noise.clone().requires_grad_()
+        count = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda x: x):
+            images = decode(family, latents, recompute=recompute)
+        images.square().sum().backward()
+        results.append((images, latents.grad))
+        kept.append(count.numbers)
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-12)
+    assert results[0][1].abs().min() > 0
+    assert kept[1] < kept[0] / 20
+
+
+class Kept:
+    """Numbers that a graph keeps for its backward pass, counted as often as they are named."""
+
+    numbers = 0
+
+    def pack(self, x: Tensor) -> Tensor:
+        self.numbers += x.numel()
+        return x
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_another_decoder_sees_the_latents_at_its_own_scale(
+    models: dict[str, Path], tmp_path: Path, name: str
+):
+    """A small decoder, whose latents are scaled already, as the pipeline itself uses it."""
+    pipe = tiny(name)
+    small = small_decoder(pipe.vae.config.latent_channels)
+    small.save_pretrained(tmp_path)
+    family = load_family(str(models[name]), device="cpu", decoder=str(tmp_path))
+    pipe.vae = small
+    images, expected = ours(family), theirs(pipe, 16)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert (images - ours(load_family(str(models[name]), device="cpu"))).abs().mean() > 0.05
+    latents = family.noise([1]).requires_grad_()
+    family.decode(latents).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().min() > 0
+    small_decoder(5).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"--decoder .*other: is made for latents of 5 channels"):
+        load_family(str(models[name]), device="cpu", decoder=str(tmp_path / "other"))
+
+
+def small_decoder(channels: int) -> AutoencoderTiny:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderTiny(
+            latent_channels=channels,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).eval()
+
+
+def test_decoders_that_are_none(models: dict[str, Path], tmp_path: Path):
+    with pytest.raises(UserError, match=r"--decoder .*: cannot be loaded .* an AutoencoderKL or"):
+        load_family(str(models["sd"]), device="cpu", decoder=str(tmp_path))
+    with pytest.raises(UserError, match="--decoder nowhere: no such model; give a directory or"):
+        Config(decoder="nowhere")
 
 
 # Training
@@ -379,8 +455,6 @@ def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="is a PixArtAlphaPipeline; supported are FluxPipeline, "):
         load_family(str(tmp_path))
-    with pytest.raises(UserError, match="single-file checkpoints are not read; convert"):
-        load_family("model.safetensors")
     with pytest.raises(UserError, match="owner/name@main: no model there"):
         load_family("owner/name@main")
     (models["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "away")

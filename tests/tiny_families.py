@@ -1,4 +1,4 @@
-"""Tiny pipelines of SDXL's, SD3.5's and FLUX's real classes, with every type of layer they have."""
+"""Tiny pipelines of every family's real classes, with every type of layer they have."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from shortft.assets import asset
+from tiny import tiny_pipeline
 
 PIXELS = 16  # of every tiny model but FLUX, whose own size does not come from its config
 
@@ -87,12 +89,19 @@ def autoencoder(**options: Any) -> AutoencoderKL:
     )
 
 
-def tiny_sdxl(*, zeros_for_empty: bool = True) -> StableDiffusionXLPipeline:
+def tiny_sd() -> StableDiffusionPipeline:
+    """Stable Diffusion's layers as `tiny_pipeline` has them, with its decoder's attention."""
+    pipeline = tiny_pipeline()
+    pipeline.vae = autoencoder(latent_channels=4, scaling_factor=0.18215)
+    return pipeline
+
+
+def tiny_sdxl(*, zeros_for_empty: bool = True, projection: int = 20) -> StableDiffusionXLPipeline:
     """8 × 8 latents; linear projections and the embedding of text, size and crop, as in SDXL."""
     return StableDiffusionXLPipeline(
         vae=autoencoder(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
         text_encoder=clip_encoder(CLIPTextModel),
-        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, width=24, projection=20),
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, width=24, projection=projection),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=UNet2DConditionModel(
@@ -108,7 +117,7 @@ def tiny_sdxl(*, zeros_for_empty: bool = True) -> StableDiffusionXLPipeline:
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 20,
+            projection_class_embeddings_input_dim=6 * 8 + projection,
         ),
         # Stability AI's scheduler_config.json, left-overs included.
         scheduler=EulerDiscreteScheduler.from_config(
@@ -169,20 +178,22 @@ def tiny_sd3(*, t5: bool = True) -> StableDiffusion3Pipeline:
     )
 
 
-def tiny_flux(*, guidance_embeds: bool = True) -> FluxPipeline:
-    """Two joint and two single layers; FLUX.1's shift by resolution."""
+def tiny_flux(
+    *, guidance_embeds: bool = True, layers: int = 2, heads: int = 2, head_dim: int = 8
+) -> FluxPipeline:
+    """Joint and single layers; FLUX.1's shift by resolution."""
     return FluxPipeline(
         transformer=FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            num_layers=layers,
+            num_single_layers=layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
             joint_attention_dim=20,
             pooled_projection_dim=16,
             guidance_embeds=guidance_embeds,
-            axes_dims_rope=(2, 2, 4),
+            axes_dims_rope=(head_dim // 4, head_dim // 4, head_dim // 2),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=1000,
@@ -208,6 +219,7 @@ def tiny_flux(*, guidance_embeds: bool = True) -> FluxPipeline:
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
+    "sd": tiny_sd,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux": tiny_flux,

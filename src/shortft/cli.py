@@ -19,6 +19,7 @@ from shortft.cli_options import (
     GuidanceOption,
     ModelOption,
     OutputDirOption,
+    PipelineOption,
     PrecisionOption,
     PromptsOption,
     SeedOption,
@@ -138,6 +139,7 @@ def plan(
 @app.command()
 def sample(
     model: ModelOption = EMBEDDED,
+    pipeline: PipelineOption = None,
     adapter: Annotated[
         Path | None, typer.Option(exists=True, help="Directory of the trained adapter.")
     ] = None,
@@ -160,6 +162,7 @@ def sample(
 
     sample(
         model=model,
+        pipeline=pipeline,
         adapter=adapter,
         prompts=wanted,
         output_dir=output_dir,
@@ -175,6 +178,7 @@ def sample(
 def evaluate(
     adapter: AdapterFile,
     model: ModelOption = EMBEDDED,
+    pipeline: PipelineOption = None,
     reward: Annotated[str, REWARD] = "clip",
     reward_model: Annotated[
         str | None, typer.Option(help="Models of the rewards, as in train.")
@@ -196,6 +200,7 @@ def evaluate(
 
     evaluate_command(
         model=model,
+        pipeline=pipeline,
         adapter=adapter,
         reward=reward,
         reward_model=reward_model,
@@ -214,6 +219,7 @@ def evaluate(
 @app.command()
 def check(
     model: ModelOption = EMBEDDED,
+    pipeline: PipelineOption = None,
     shortcut: ShortcutOption = "auto",
     num_prompts: Annotated[int, typer.Option(min=1, help="Trajectories to measure on.")] = 16,
     seed: SeedOption = 0,
@@ -237,6 +243,7 @@ def check(
 
     return check_command(
         model=model,
+        pipeline=pipeline,
         shortcut=shortcut,
         num_prompts=num_prompts,
         seed=seed,
@@ -253,6 +260,7 @@ def check(
 @app.command()
 def shortcut(
     model: ModelOption = EMBEDDED,
+    pipeline: PipelineOption = None,
     output: Annotated[Path, typer.Option(help="The LoRA's file, .safetensors.")] = Path(
         "runs/shortcut.safetensors"
     ),
@@ -281,6 +289,7 @@ def shortcut(
 
     distill_command(
         model=model,
+        pipeline=pipeline,
         output=output,
         kind=kind,
         minutes=minutes,
@@ -310,6 +319,7 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="Base model, where it is not where the adapter says.")
     ] = None,
+    pipeline: PipelineOption = None,
     prompts: PromptsOption = None,
     num_prompts: Annotated[
         int, typer.Option(min=1, help="Held-out prompts to measure the plain LoRA on.")
@@ -328,6 +338,7 @@ def export(
         kind=kind,
         output_dir=output_dir,
         model=model,
+        pipeline=pipeline,
         prompts_path=prompts,
         num_prompts=num_prompts,
         measure=measure,

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from shortft.assets import EMBEDDED
 from shortft.config import Config, option_name
-from shortft.inputs import check_model_source, check_output_dir, check_reward
+from shortft.inputs import check_model_source, check_output_dir, check_place, check_reward
 from shortft.shortcuts import check_shortcut
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -20,8 +20,16 @@ Command = TypeVar("Command", bound=Callable[..., object])
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Base model: 'emoji' (embedded), a diffusers directory, or a hub id.",
+        help="Base model: 'emoji' (embedded), a diffusers directory, a .safetensors file or a hub "
+        "id.",
         callback=lambda value: check_model_source("--model", value, EMBEDDED),
+    ),
+]
+PipelineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For a model in a single file: directory or hub id of its configuration.",
+        callback=lambda value: value if value is None else check_place("--pipeline", value),
     ),
 ]
 REWARD = typer.Option(

@@ -348,7 +348,12 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
 
     base = workshop.base
     spec = workshop.comparison
-    family = load_family(base.model, precision=base.precision, resolution=base.resolution)
+    family = load_family(
+        base.model,
+        pipeline=base.pipeline,
+        precision=base.precision,
+        resolution=base.resolution,
+    )
     before: dict[bool, Any] = {}
 
     def evaluate_run(job: Job, config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -26,6 +27,7 @@ from shortft.errors import UserError
 from shortft.inputs import (
     check_model_source,
     check_output_dir,
+    check_place,
     check_reward,
     read_prompts,
     read_text,
@@ -48,7 +50,19 @@ class Config(BaseModel):
     model: str = Field(
         EMBEDDED,
         description="Base model: 'emoji' (embedded in the package), a directory in diffusers' "
-        "pipeline format, or a hub id such as owner/name.",
+        "pipeline format, a .safetensors file in the original layout, or a hub id such as "
+        "owner/name.",
+    )
+    pipeline: str | None = Field(
+        None,
+        description="For a model in a single file: the directory or hub id, in diffusers' pipeline "
+        "format, that gives its configuration and the parts it lacks; none = the "
+        "model_index.json beside the file, or the published model of its layout.",
+    )
+    decoder: str | None = Field(
+        None,
+        description="Decoder in place of the model's own while training: a directory or hub id of "
+        "an AutoencoderTiny (TAESD: far less memory) or AutoencoderKL.",
     )
     resolution: int | None = Field(
         None,
@@ -246,6 +260,11 @@ class Config(BaseModel):
     @classmethod
     def _known_model(cls, value: str) -> str:
         return check_model_source("--model", value, EMBEDDED)
+
+    @field_validator("pipeline", "decoder")
+    @classmethod
+    def _known_place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else check_place(option_name(str(info.field_name)), value)
 
     @field_validator("method")
     @classmethod

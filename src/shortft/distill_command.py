@@ -111,6 +111,7 @@ def distill_command(
     resume: bool,
     precision: str = "bf16",
     prompts_path: Path | None = None,
+    pipeline: str | None = None,
 ) -> None:
     """`shortft shortcut`: make a shortcut LoRA for a model and say how faithful it is."""
     from rich.console import Console
@@ -133,7 +134,7 @@ def distill_command(
         held_out = listed[::10][:32]
         training = [prompt for prompt in listed if prompt not in held_out] or listed
     console = Console()
-    family = load_family(model, precision=precision)
+    family = load_family(model, pipeline=pipeline, precision=precision)
     guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)

@@ -188,6 +188,7 @@ def evaluate_command(
     strength: float,
     precision: str,
     batch_size: int,
+    pipeline: str | None = None,
 ) -> None:
     """`shortft evaluate`: print the table, write evaluation.json and before_after.png."""
     from rich.console import Console
@@ -203,7 +204,7 @@ def evaluate_command(
     info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     console = Console()
-    family = load_family(model, precision=precision, resolution=info.resolution)
+    family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     scored_by = make_reward(reward, reward_model, family.device)
     with console.status("") as status:
         figures, pictures = evaluate(

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shortft.adapter import AdapterInfo, lora_file, read_info
-from shortft.assets import model_path, prompts_for
+from shortft.assets import prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
-from shortft.families import load_family
+from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family
 from shortft.inputs import read_prompts
 from shortft.quiet import quiet
@@ -191,6 +191,7 @@ def export_command(
     prompts_path: Path | None,
     num_prompts: int,
     measure: bool,
+    pipeline: str | None = None,
 ) -> None:
     """`shortft export`: write the files and a card; print what a plain LoRA loses.
 
@@ -204,7 +205,9 @@ def export_command(
     info = read_info(adapter)
     console = Console()
     with console.status(f"loading {model or info.base_model}"):
-        family = load_family(model or info.base_model, resolution=info.resolution)
+        base = model or info.base_model
+        pipeline = pipeline or (None if model else info.config.get("pipeline"))
+        family = load_family(base, pipeline=pipeline, resolution=info.resolution)
     states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
     name = adapter.resolve().parent.name or "shortft"
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -218,7 +221,7 @@ def export_command(
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if kind == "merged":
-        _write_merged(model or info.base_model, scratch, output_dir)
+        _write_merged(open_pipeline(base, pipeline), scratch, output_dir)
         notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
     else:
         notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
@@ -296,12 +299,9 @@ def _write_loras(
     ]
 
 
-def _write_merged(model: str, plain: Path, output_dir: Path) -> None:
+def _write_merged(pipe: Any, plain: Path, output_dir: Path) -> None:
     """A whole diffusers pipeline with the plain LoRA folded into its denoiser."""
-    from diffusers import DiffusionPipeline
-
     with quiet():
-        pipe = DiffusionPipeline.from_pretrained(model_path(model))
         pipe.load_lora_weights(str(plain), weight_name=lora_file(1))
         pipe.fuse_lora()
         pipe.unload_lora_weights()

@@ -9,6 +9,8 @@ from shortft.errors import UserError
 from shortft.rewards.spec import parse_reward_spec
 
 MAX_PROMPT_CHARS = 2000
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+WEIGHTS = ".safetensors"
 # owner/name or owner/name@revision; a leading dot means a local path
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
@@ -54,18 +56,36 @@ def read_text(path: Path, option: str) -> str:
         raise UserError(f"{name}: cannot be read ({error.strerror}); give a text file") from None
 
 
-def check_model_source(option: str, value: str, embedded: str | None = None) -> str:
-    """Return `value` if it names the embedded model, a directory, or a hub id.
+def check_model_source(option: str, value: str, embedded: str) -> str:
+    """Return `value` if it names the embedded model, a directory, a weights file, or a hub id.
 
     Raises:
         UserError: if it does not.
     """
-    if value == embedded or Path(value).is_dir() or _HUB_ID.fullmatch(value):
+    path = Path(value)
+    if path.suffix in PICKLES and not path.is_dir():
+        raise UserError(
+            f"{option} {value}: is a pickle, which may run code, and is not read; give a "
+            ".safetensors file"
+        )
+    if value == embedded or (path.is_file() and path.suffix == WEIGHTS):
         return value
-    choices = "a directory or a hub id such as owner/name"
-    if embedded is not None:
-        choices = f"{embedded!r}, {choices}"
-    raise UserError(f"{option} {value or repr(value)}: no such model; give {choices}")
+    return check_place(option, value, f"{embedded!r}, a directory, a {WEIGHTS} file")
+
+
+def check_place(option: str, value: str, others: str = "a directory") -> str:
+    """Return `value` if it names a directory or a hub id; `others` stands in the message.
+
+    Raises:
+        UserError: if it does not.
+    """
+    path = Path(value)
+    if path.is_dir() or (_HUB_ID.fullmatch(value) and path.suffix != WEIGHTS):
+        return value
+    raise UserError(
+        f"{option} {value or repr(value)}: no such model; give {others} or a hub id such as "
+        "owner/name"
+    )
 
 
 def check_reward(spec: str) -> str:

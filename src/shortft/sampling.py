@@ -86,6 +86,7 @@ def sample(
     guidance_scale: float | None,
     strength: float,
     batch_size: int,
+    pipeline: str | None = None,
 ) -> None:
     """`shortft sample`: one picture per prompt; picture i has seed + i, as in diffusers."""
     from rich.console import Console
@@ -97,7 +98,7 @@ def sample(
     resolution = read_info(adapter).resolution if adapter is not None else None
     console = Console()
     with console.status(f"loading {model}"):
-        family = load_family(model, resolution=resolution)
+        family = load_family(model, pipeline=pipeline, resolution=resolution)
         nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
     seeds = [seed + i for i in range(len(prompts))]
     with console.status(f"{len(prompts)} pictures, {plan.calls} steps each"):

@@ -175,6 +175,7 @@ def check_command(
     shortcut_scale: float | None = None,
     output: Path | None = None,
     prompts_path: Path | None = None,
+    pipeline: str | None = None,
 ) -> int:
     """Print the table of `shortft check`; 1 if the shortcut is no better than a plain jump."""
     from rich.console import Console
@@ -195,7 +196,7 @@ def check_command(
         raise UserError("--shortcut none: there is nothing to check; give `auto` or a LoRA file")
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
-    family = load_family(model)
+    family = load_family(model, pipeline=pipeline)
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)

@@ -87,8 +87,7 @@ def train_step(
             fresh_noise=functools.partial(noise_of_copy, family, batch.seeds),
             observe_leap=leaps.append,
         )
-        decode = functools.partial(checkpoint, use_reentrant=False) if recompute else plainly
-        images = decode(family.decode, latents)  # [0, 1], still differentiable
+        images = decode(family, latents, recompute=recompute)  # [0, 1], still differentiable
         prompts = batch.prompts * (1 + plan.renoise)
         parts = judge(reward, images, prompts, seconds=reward_seconds)  # each (B,)
         scores = reward.combine(parts)  # higher is better
@@ -110,9 +109,16 @@ def train_step(
     return Outcome(values.pop("reward"), values, float(grad_norm), skipped=not finite)
 
 
-def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Without recomputation in the backward pass."""
-    return function(x)
+def decode(family: Family, latents: Tensor, *, recompute: bool) -> Tensor:
+    """(B, 3, H, W) images in [0, 1] of latents (B, C, h, w).
+
+    With recomputation one by one, each decoded once more in the backward pass: the memory of one
+    picture.
+    """
+    if not recompute:
+        return family.decode(latents)
+    parts = [checkpoint(family.decode, one, use_reentrant=False) for one in latents.split(1)]
+    return torch.cat(parts)
 
 
 def states_of(

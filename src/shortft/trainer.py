@@ -84,6 +84,8 @@ class Trainer:
         device = str(self.accelerator.device)
         self.family: Family = load_family(
             config.model,
+            pipeline=config.pipeline,
+            decoder=config.decoder,
             precision=config.precision,
             device=device,
             resolution=config.resolution,

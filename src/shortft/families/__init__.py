@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shortft.errors import UserError
 from shortft.quiet import quiet
 
 if TYPE_CHECKING:
     from shortft.families.base import Family
+    from shortft.families.source import Source
 
 # The class named in model_index.json → our file and class.
 FAMILIES = {
@@ -31,14 +31,18 @@ def default_device() -> str:
 def load_family(
     model: str,
     *,
+    pipeline: str | None = None,
+    decoder: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
     resolution: int | None = None,
 ) -> Family:
-    """Load a model by the embedded name, a local directory or a hub id.
+    """Load a model by the embedded name, a local directory, a hub id or a single file.
 
     Args:
         model: a hub id may pin a revision (commit, tag or branch): ``owner/name@revision``.
+        pipeline: for a single file, the directory or hub id whose configuration it has.
+        decoder: directory or hub id of a decoder in place of the model's own.
         precision: of the frozen networks, "fp32" or "bf16".
         device: where they live; None = `default_device()`.
         resolution: height and width of the images in pixels; None for the model's own.
@@ -46,26 +50,46 @@ def load_family(
     Raises:
         UserError: if it cannot be found or belongs to no supported family.
     """
+    source, family_class = _find(model, pipeline)
+    family: Family = family_class.load(
+        source,
+        precision=precision,
+        device=device or default_device(),
+        resolution=resolution,
+        decoder=decoder,
+    )
+    return family
+
+
+def open_pipeline(model: str, pipeline: str | None = None) -> Any:
+    """A model's whole diffusers pipeline in fp32, for tools that save it; as `load_family`."""
+    import torch
+
+    source, family_class = _find(model, pipeline)
+    return family_class.open(source, torch.float32, **family_class.load_options)
+
+
+def _find(model: str, pipeline: str | None) -> tuple[Source, Any]:
+    """A model's place and its family's class."""
     from diffusers import DiffusionPipeline
 
-    from shortft.assets import model_path
     from shortft.families.files import UNREADABLE, first_line
+    from shortft.families.source import find_source
 
-    if model.endswith((".safetensors", ".ckpt")):
-        raise UserError(
-            f"--model {model}: single-file checkpoints are not read; convert it once by "
-            "diffusers' from_single_file and save_pretrained, and give that directory"
-        )
-    source, revision = model, None
-    if "@" in model and not Path(model).exists():
-        source, _, revision = model.rpartition("@")
+    source = find_source(model, pipeline)
     try:
         with quiet():
-            index = DiffusionPipeline.load_config(model_path(source), revision=revision)
+            index = DiffusionPipeline.load_config(source.pipeline, revision=source.revision)
     except UNREADABLE as error:
+        if source.file is not None:
+            raise UserError(
+                f"--model {model}: its configuration cannot be found in {source.pipeline} "
+                f"({first_line(error)}); give --pipeline a directory saved by "
+                "save_pretrained, or a hub id"
+            ) from error
         raise UserError(
             f"--model {model}: no model there ({first_line(error)}); give `emoji`, a directory "
-            "saved by save_pretrained, or a hub id"
+            "saved by save_pretrained, a hub id, or a .safetensors file"
         ) from error
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
@@ -73,13 +97,4 @@ def load_family(
             f"--model {model}: is a {name}; supported are {', '.join(sorted(FAMILIES))}"
         )
     file, class_name = FAMILIES[name]
-    family_class = getattr(importlib.import_module(f"shortft.families.{file}"), class_name)
-    family: Family = family_class.load(
-        source,
-        precision=precision,
-        device=device or default_device(),
-        revision=revision,
-        resolution=resolution,
-    )
-    family.source = model
-    return family
+    return source, getattr(importlib.import_module(f"shortft.families.{file}"), class_name)

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
-from shortft.assets import model_path
 from shortft.errors import UserError
+from shortft.families.single_file import load_single_file
+from shortft.families.source import Source
 from shortft.quiet import quiet
 
 DEFAULTS_FILE = "shortft.json"  # a model directory may name its own, see `own_defaults`
-UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    SafetensorError,
+    SingleFileComponentError,
+)
 
 
 def load_pipeline(
-    pipeline_class: Any, model: str, *, revision: str | None = None, **options: Any
+    pipeline_class: Any,
+    source: Source,
+    prefixes: Mapping[str, tuple[str, ...]],
+    *,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> Any:
-    """A diffusers pipeline from the embedded name, a local directory or a hub id.
+    """A diffusers pipeline from a local directory, a hub id or a single file.
 
     Args:
         pipeline_class: what the model must be.
-        revision: commit, tag or branch on the hub; None for its newest.
+        prefixes: see `load_single_file`.
+        dtype: number format of its networks.
         options: for `from_pretrained`.
 
     Raises:
         UserError: if the model cannot be found, read or is of another family.
     """
-    path = model_path(model)
     try:
         with quiet():
-            index = pipeline_class.load_config(path, revision=revision)
+            if source.file is not None:
+                return load_single_file(pipeline_class, source, prefixes, dtype=dtype, **options)
+            place, revision = source.pipeline, source.revision
+            index = pipeline_class.load_config(place, revision=revision)
             # Parts that were left out when the model was saved, such as SD3's T5.
             absent = {name: None for name, part in index.items() if part == [None, None]}
             return pipeline_class.from_pretrained(
-                path, revision=revision, use_safetensors=True, **(absent | options)
+                place, revision=revision, use_safetensors=True, dtype=dtype, **(absent | options)
             )
     except UNREADABLE as error:
+        remedy = "give `emoji`, a directory saved by save_pretrained, or a hub id"
+        if source.file is not None:
+            remedy = f"check that --pipeline ({source.pipeline}) is of the same kind"
         raise UserError(
-            f"--model {model}: cannot be loaded as a {pipeline_class.__name__} "
-            f"({first_line(error)}); give `emoji`, a directory saved by save_pretrained, or a hub "
-            "id"
+            f"--model {source.name}: cannot be loaded as a {pipeline_class.__name__} "
+            f"({first_line(error)}); {remedy}"
         ) from error
 
 
-def own_defaults(model: str) -> dict[str, Any]:
+def own_defaults(source: Source) -> dict[str, Any]:
     """What a model directory names in ``shortft.json``: guidance_scale, resolution; or nothing."""
-    defaults = Path(model_path(model)) / DEFAULTS_FILE
+    defaults = Path(source.pipeline) / DEFAULTS_FILE
     if not defaults.is_file():
         return {}
     return dict(json.loads(defaults.read_text(encoding="utf-8")))

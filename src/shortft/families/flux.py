@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
@@ -34,6 +34,10 @@ class Flux(PipelineFamily):
     pipeline_class = FluxPipeline
     part = "transformer"
     guidance_scale = 3.5  # as in the pipeline
+    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.t5xxl.",),
+    }
     _everywhere: tuple[str, ...] = (
         "to_q",
         "to_k",

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Guidance, autocast, classifier_free, seeded_noise
+from shortft.families.decoder import load_decoder
 from shortft.families.files import latent_side, load_pipeline, own_defaults
 from shortft.families.lora_files import add_lora_file
+from shortft.families.source import Source
 from shortft.families.text import KnownPrompts
 from shortft.quiet import quiet
 
+DECODER_PREFIXES = ("first_stage_model.", "vae.")
 Own = TypeVar("Own", bound="PipelineFamily")
 
 
@@ -27,6 +30,7 @@ class PipelineFamily:
         part: the denoiser's name in the pipeline, and the prefix of its keys in LoRA files.
         guidance_scale: the pipeline's own default.
         load_options: for `from_pretrained`.
+        prefixes: text encoder → how its keys start in a single file of the original layout.
         text_in_fp32: keep the text encoders in fp32 whatever the precision.
     """
 
@@ -35,6 +39,7 @@ class PipelineFamily:
     part: ClassVar[str]
     guidance_scale: ClassVar[float]
     load_options: ClassVar[dict[str, Any]] = {}
+    prefixes: ClassVar[dict[str, tuple[str, ...]]]
     text_in_fp32: ClassVar[bool] = False
     resolution: int
     lora_targets: tuple[str, ...]
@@ -84,36 +89,52 @@ class PipelineFamily:
     @classmethod
     def load(
         cls: type[Own],
-        model: str,
+        source: Source,
         *,
         precision: str = "fp32",
         device: str = "cpu",
-        revision: str | None = None,
         resolution: int | None = None,
+        decoder: str | None = None,
     ) -> Own:
-        """Load by the embedded name, a local directory or a hub id.
+        """Load from where the model lies.
+
+        Args:
+            decoder: what takes the place of the model's own decoder, see `load_decoder`.
 
         Raises:
             UserError: if the model cannot be found, read or is of another family.
         """
         half = precision == "bf16" and not cls.text_in_fp32
-        pipeline = load_pipeline(
-            cls.pipeline_class,
-            model,
-            revision=revision,
-            dtype=torch.bfloat16 if half else torch.float32,
-            **cls.load_options,
-        )
-        own = own_defaults(model)
+        dtype = torch.bfloat16 if half else torch.float32
+        options = dict(cls.load_options)
+        if decoder is not None:
+            options["vae"] = load_decoder(decoder, source)
+        pipeline = cls.open(source, dtype, **options)
+        own = own_defaults(source)
         family = cls(
             pipeline,
-            model,
+            source.name,
             precision=precision,
             device=device,
             resolution=resolution or own.get("resolution"),
         )
         family.default_guidance_scale = own.get("guidance_scale", family.default_guidance_scale)
         return family
+
+    @classmethod
+    def open(cls, source: Source, dtype: torch.dtype, **options: Any) -> Any:
+        """The whole pipeline, as diffusers loads it.
+
+        Raises:
+            UserError: if the model cannot be found, read or is of another family.
+        """
+        return load_pipeline(
+            cls.pipeline_class,
+            source,
+            cls.prefixes | {"vae": DECODER_PREFIXES},
+            dtype=dtype,
+            **options,
+        )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:

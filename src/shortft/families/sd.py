@@ -22,6 +22,7 @@ class StableDiffusion(UNetFamily):
     pipeline_class = StableDiffusionPipeline
     guidance_scale = 7.5  # as in the pipeline
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None}
+    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"text_encoder": ("cond_stage_model.",)}
 
     def schedule(self, num_steps: int) -> Schedule:
         try:

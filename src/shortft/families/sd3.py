@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -30,6 +30,11 @@ class StableDiffusion3(PipelineFamily):
     pipeline_class = StableDiffusion3Pipeline
     part = "transformer"
     guidance_scale = 7.0  # as in the pipeline
+    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    }
     lora_targets: tuple[str, ...] = (
         "to_q",
         "to_k",

@@ -28,6 +28,10 @@ class StableDiffusionXL(UNetFamily):
     pipeline_class = StableDiffusionXLPipeline
     guidance_scale = 5.0  # as in the pipeline
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    }
 
     def _vae_dtype(self) -> torch.dtype:
         # SDXL's own decoder leaves the range of half precision; a repaired one says so.

@@ -1,0 +1,48 @@
+"""Another decoder in place of a model's own: TAESD's small ones, or a repaired autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from shortft.errors import UserError
+from shortft.families.files import UNREADABLE, first_line
+from shortft.families.source import Source, find_source
+from shortft.quiet import quiet
+
+CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+
+
+def load_decoder(decoder: str, source: Source) -> Any:
+    """An autoencoder for a model's latents; its own configuration says how they are scaled.
+
+    Args:
+        decoder: directory or hub id in diffusers' layout, ``owner/name@revision`` to pin one.
+        source: the model.
+
+    Raises:
+        UserError: if it cannot be read, or is made for other latents.
+    """
+    place = find_source(decoder)
+    where = {"revision": place.revision}
+    try:
+        with quiet():
+            config = AutoencoderTiny.load_config(place.pipeline, **where)
+            kind = CLASSES[config["_class_name"]]
+            vae = kind.from_pretrained(place.pipeline, use_safetensors=True, **where)
+            own = AutoencoderKL.load_config(
+                source.pipeline, subfolder="vae", revision=source.revision
+            )
+    except UNREADABLE as error:
+        raise UserError(
+            f"--decoder {decoder}: cannot be loaded ({first_line(error)}); give a directory or hub "
+            f"id of an {' or '.join(CLASSES)}"
+        ) from error
+    made_for, needed = vae.config.latent_channels, own.get("latent_channels", 4)
+    if made_for != needed:
+        raise UserError(
+            f"--decoder {decoder}: is made for latents of {made_for} channels, {source.name} has "
+            f"{needed}; give a decoder of the same family"
+        )
+    return vae
