@@ -92,7 +92,8 @@ class Config(BaseModel):
     )
     prompts: Path | None = Field(
         None,
-        description="UTF-8 text file of training prompts, one a line; none = the model's own list.",
+        description="UTF-8 text file of training prompts, one a line; none = those that ship: "
+        "for 'emoji' its own, for others 600 general ones.",
     )
     output_dir: Path = Field(
         Path("runs/train"), description="Directory for the adapter, checkpoints, grids and logs."

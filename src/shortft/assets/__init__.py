@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from shortft.errors import UserError
 from shortft.inputs import read_prompts
 
 EMBEDDED = "emoji"
@@ -22,11 +21,10 @@ def model_path(model: str) -> str:
 
 
 def prompts_for(model: str, kind: str) -> list[str]:
-    """The model's own list of prompts: "train", "held_out" or "fixed".
+    """The prompts that ship for a model: "train" or "held_out".
 
-    Raises:
-        UserError: if no list ships for the model.
+    The embedded model has lists of its own, and "fixed" besides; any other model takes general
+    ones.
     """
-    if model != EMBEDDED:
-        raise UserError(f"--prompts: none ship for {model}; give a text file, one prompt a line")
-    return read_prompts(asset("prompts", f"{kind}.txt"))
+    folder = ("prompts",) if model == EMBEDDED else ("prompts", "general")
+    return read_prompts(asset(*folder, f"{kind}.txt"))
