@@ -386,3 +386,14 @@ def test_the_learning_rate_falls_at_the_end(settings):
         trainer.update()
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-2] * 5 + [0.75e-2, 0.5e-2, 0.25e-2])
+
+
+def test_reward_models_in_half_precision_where_they_are_told(settings):
+    """On this machine the device is the only one."""
+    settings |= {"reward": "clip", "reward_precision": "bf16", "reward_device": "cpu"}
+    trainer = Trainer(Config(**settings))
+    weights = trainer.reward.parts[0][0].model.parameters()
+    assert {(p.dtype, p.device.type) for p in weights} == {(torch.bfloat16, "cpu")}
+    assert trainer.reward.device == "cpu"
+    _, outcome = trainer.update()
+    assert not outcome.skipped

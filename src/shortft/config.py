@@ -6,6 +6,7 @@ Importing this module loads no torch, so that a bad option is reported at once.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -161,6 +162,11 @@ class Config(BaseModel):
         "methods than shortft have one LoRA at every timestep.",
     )
     rank: int = Field(32, ge=1, description="Rank of each LoRA, at least 1.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="'adamw', or 'adamw8bit' by bitsandbytes: its two moments take a quarter of "
+        "the memory.",
+    )
     learning_rate: float = Field(3e-4, gt=0, description="Learning rate of AdamW, above 0.")
     learning_rate_decay: float = Field(
         0.0,
@@ -182,6 +188,15 @@ class Config(BaseModel):
         False,
         description="When memory runs out, halve the pictures that are run at once and go on with "
         "the same updates.",
+    )
+    reward_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Number format of the models that rewards are made of; scores are fp32 always.",
+    )
+    reward_device: Literal["cpu"] | None = Field(
+        None,
+        description="Where those models live and run: 'cpu' leaves a GPU's memory to the chain; "
+        "none = beside the model.",
     )
     reward_seconds: float | None = Field(
         300.0, gt=0, description="Limit of one call of a reward, in seconds; none = no limit."
@@ -274,6 +289,16 @@ class Config(BaseModel):
             near = difflib.get_close_matches(value, METHODS, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)}"
             raise UserError(f"--method {value}: unknown; {remedy}")
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _installed_optimizer(cls, value: str) -> str:
+        if value == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "--optimizer adamw8bit: bitsandbytes is not installed; install it by "
+                "`pip install bitsandbytes`, or use --optimizer adamw"
+            )
         return value
 
     @field_validator("reward")

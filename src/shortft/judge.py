@@ -31,7 +31,7 @@ def judge(
     for part, _ in reward.parts:
         try:
             with time_limit(seconds, f"--reward {part.name}"):
-                scores = part(images, prompts)
+                scores = reward.score(part, images, prompts)
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -215,6 +215,7 @@ FREE = {
     "accumulation",
     "split_on_out_of_memory",
     "reward_seconds",
+    "reward_device",
     "guard",
     "guard_drop",
     "held_out",

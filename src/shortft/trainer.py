@@ -24,6 +24,7 @@ from shortft.guard import Guard
 from shortft.inputs import read_prompts
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
+from shortft.optimizers import make_optimizer, set_state, state_of
 from shortft.plans import Plan, inference_plan
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
@@ -116,22 +117,21 @@ class Trainer:
             merge=config.merge,
             plain_jumps=config.shortcut == "plain",
         )
-        self.reward: WeightedSum = make_reward(config.reward, config.reward_model, device)
+        scored_on = config.reward_device or device
+        half = torch.bfloat16 if config.reward_precision == "bf16" else torch.float32
+        self.reward: WeightedSum = make_reward(config.reward, config.reward_model, scored_on, half)
         self.held_out: Scorer | None = (
-            make_reward(config.held_out, config.reward_model, device)
+            make_reward(config.held_out, config.reward_model, scored_on, half)
             if config.held_out
             else held_out_scorer(config.model, device)
         )
         self.guard = Guard(config.guard_drop)
         self.tripped = False  # the guard has ended the run
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(self.nets.parameters_of(number).values())}
-                for number in range(1, self.nets.loras + 1)
-            ],
-            lr=config.learning_rate,
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            [list(self.nets.parameters_of(n).values()) for n in range(1, self.nets.loras + 1)],
+            learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
-            betas=(0.9, 0.999),
         )
         self.counters = Counters()
         self.splits = config.accumulation
@@ -299,7 +299,7 @@ class Trainer:
             tensors[f"optimizer_{number}"] = {
                 f"{name}/{key}": value
                 for name, parameter in self.nets.parameters_of(number).items()
-                for key, value in self.optimizer.state.get(parameter, {}).items()
+                for key, value in state_of(self.optimizer, parameter).items()
             }
         state = {
             **vars(self.counters),
@@ -316,7 +316,7 @@ class Trainer:
         )
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights and AdamW's two moments in fp32."""
+        """Largest size of a checkpoint: weights and AdamW's two moments in fp32."""
         loras = range(1, self.nets.loras + 1)
         return 12 * sum(p.numel() for n in loras for p in self.nets.parameters_of(n).values())
 
@@ -338,10 +338,7 @@ class Trainer:
                 prefix = f"{name}/"
                 kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
                 if kept:
-                    on = parameter.device
-                    self.optimizer.state[parameter] = {
-                        key: value if key == "step" else value.to(on) for key, value in kept.items()
-                    }
+                    set_state(self.optimizer, parameter, kept)
         for name in vars(self.counters):
             setattr(self.counters, name, saved.state.get(name, getattr(self.counters, name)))
 

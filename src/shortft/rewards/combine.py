@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from shortft.rewards.base import Reward
@@ -12,16 +13,23 @@ from shortft.rewards.base import Reward
 class WeightedSum:
     """``sum(weight * reward)`` over its parts; a single part of weight 1 is that part itself.
 
+    Pictures are scored on `device`, None = where they are; scores and gradient come back to them.
+
     To log the parts without scoring twice::
 
         components = reward.components(images, prompts)
         scores = reward.combine(components)
     """
 
-    def __init__(self, parts: Sequence[tuple[Reward, float]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Reward, float]],
+        device: torch.device | str | None = None,
+    ) -> None:
         if not parts:
             raise ValueError("WeightedSum needs at least one reward")
         self.parts = tuple(parts)
+        self.device = device
         single = self.parts[0][0] if len(parts) == 1 else None
         self.name = (
             single.name if single else ",".join(f"{part.name}:{w:g}" for part, w in self.parts)
@@ -35,7 +43,12 @@ class WeightedSum:
 
     def components(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each part's own score (B,), unweighted, by its name; differentiable."""
-        return {part.name: part(images_BCHW, prompts) for part, _ in self.parts}
+        return {part.name: self.score(part, images_BCHW, prompts) for part, _ in self.parts}
+
+    def score(self, part: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What one part returns, (B,) if it keeps its promise, on the pictures' own device."""
+        scores = part(images_BCHW.to(device=self.device), prompts)
+        return scores.to(images_BCHW.device) if isinstance(scores, Tensor) else scores
 
     def combine(self, components: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum (B,) of what `components` returned."""
@@ -48,9 +61,11 @@ class WeightedSum:
     def report(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """The single part's report (B,); of a mix, the weighted sum itself (no unit)."""
         if len(self.parts) == 1:
-            return self.parts[0][0].report(images_BCHW, prompts)
+            return next(iter(self.reports(images_BCHW, prompts).values()))
         return self(images_BCHW.detach(), prompts).detach()
 
     def reports(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each part's `report` (B,), by the part's name."""
-        return {part.name: part.report(images_BCHW, prompts) for part, _ in self.parts}
+        images = images_BCHW.to(device=self.device)
+        home = images_BCHW.device
+        return {part.name: part.report(images, prompts).to(home) for part, _ in self.parts}

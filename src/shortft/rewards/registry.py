@@ -100,7 +100,7 @@ def make_reward(
         spec: ``"clip"`` or ``"clip:1,symmetry:0.2"``, see `parse_reward_spec`.
         models: where models lie, see `parse_reward_models`; None = the embedded one for ``clip``,
             the hub for the others.
-        device: where models live; rewards without a model follow their pictures.
+        device: where models live and pictures are scored.
         dtype: number format of models, None = float32; scores are float32 always.
 
     Raises:
@@ -121,7 +121,8 @@ def make_reward(
             if name in REWARDS
             else (load_own(name, device), weight)
             for name, weight in parts
-        ]
+        ],
+        device,
     )
 
 
