@@ -88,6 +88,35 @@ def test_checksum(tmp_path):
         read_weights(Place("hpsv2", str(tmp_path)), file.name)
 
 
+def test_an_unpinned_pickle_of_the_hub_says_how_to_pin_it(tmp_path, monkeypatch, caplog):
+    """The hub's cache as huggingface_hub lays it out; what the warning names is then silent."""
+    blob, commit = tmp_path / "blobs" / "x", "c0ffee"
+    blob.parent.mkdir()
+    torch.save({"a": torch.ones(2)}, blob)
+    digest = hashlib.sha256(blob.read_bytes()).hexdigest()
+    blob = blob.rename(blob.with_name(digest))
+    file = tmp_path / "snapshots" / commit / "HPS_v2_compressed.pt"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(blob)
+    asked = []
+
+    def download(repo: str, name: str, revision: str) -> str:
+        asked.append((repo, name, revision))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    read_weights(HUB["hpsv2"], file.name)
+    (told,) = caplog.messages
+    pinned = f"--reward-model hpsv2=xswu/HPSv2@{commit}#{digest}"
+    assert told.endswith(f"to pin what was loaded now: {pinned}")
+    place = parse_reward_models(pinned.removeprefix("--reward-model "))["hpsv2"]
+    read_weights(place, file.name)
+    assert len(caplog.messages) == 1
+    assert asked == [("xswu/HPSv2", file.name, "main"), ("xswu/HPSv2", file.name, commit)]
+    read_weights(Place("hpsv2", str(file)), file.name)  # the user's own file
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import pickle
 import re
 import warnings
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from shortft.errors import UserError
 from shortft.rewards.places import OPTION, Place
 
+_log = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -50,7 +52,8 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
     """A PyTorch file as a dictionary of tensors on the CPU, and where it lies.
 
     Its SHA-256 is compared with the one that is known: ``place.sha256``, or the name under which
-    the hub's cache keeps a large file, which is the checksum that the hub lists.
+    the hub's cache keeps a large file, which is the checksum that the hub lists. That tells damage,
+    not an exchanged file: where a download is not pinned, one warning says how to pin this one.
 
     Raises:
         UserError: missing, of another checksum, damaged, or with code in it.
@@ -60,7 +63,9 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{place}: no file {path.name}; check the path")
     in_cache = path.resolve().name
     expected = place.sha256 or (in_cache if re.fullmatch(r"[0-9a-f]{64}", in_cache) else None)
-    if expected is not None and (found := sha256(path)) != expected.lower():
+    unpinned = place.sha256 is None and not place.is_local
+    found = sha256(path) if expected is not None or unpinned else ""
+    if expected is not None and found != expected.lower():
         raise UserError(
             f"{place}: SHA-256 of {path.name} is {found}, not {expected}; the file is damaged or "
             "another one: fetch it again"
@@ -84,6 +89,14 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{place}: {path.name} holds a {type(content).__name__}, not weights")
+    if unpinned:
+        cached = path.parent.parent.name == "snapshots"  # …/snapshots/COMMIT/FILE
+        commit = path.parent.name if cached else place.revision
+        _log.warning(
+            f"warning: --reward {place.reward}: {path.name} of {place.source} is a pickle that is "
+            f"not pinned, so the hub may serve another one next time; to pin what was loaded now: "
+            f"{OPTION} {place.reward}={place.source}@{commit}#{found}"
+        )
     return content, path
 
 
