@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +16,17 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import comfyui_nodes
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
-from shortft.comfyui import keyframes, workflow
-from shortft.export import header, kohya_state, plain_state
+from shortft.comfyui import keyframes, shares, workflow
+from shortft.export import kohya_state, plain_state
 from shortft.families.base import Guidance
+from shortft.model_card import card, header, shareable
 from shortft.networks import ModelNetworks
-from shortft.plans import inference_plan
-from shortft.schedule import alphas_cumprod, ddim_schedule
+from shortft.plans import adapters_at, inference_plan
+from shortft.schedule import Schedule, alphas_cumprod, ddim_schedule, flow_schedule, segments
+from test_lora_files import FAMILIES, random_state
 from tiny import randomise_loras, save_tiny, tiny_family, tiny_pipeline
 
 STEPS = 8
@@ -124,13 +132,47 @@ def test_exported_diffusers_folder_is_an_adapter_still(place: Path, tmp_path: Pa
     assert pictures[0] == pictures[1]
 
 
-def strengths(frames: list[tuple[float, float]], timesteps: list[float]) -> list[float]:
-    """What ComfyUI makes of keyframes: the last one whose start was reached; one step at least."""
+CHAINS = {
+    "sd": ddim_schedule(alphas_cumprod(), 50),
+    "sdxl": ddim_schedule(alphas_cumprod(), 50),
+    "sd3": flow_schedule(28, shift=3.0),
+    "flux": flow_schedule(28, shift=math.exp(1.15), smallest=1 / 28),
+    "flux, schnell": flow_schedule(4, smallest=1 / 4),
+}
+
+
+def comfy_steps(name: str, schedule: Schedule) -> list[float]:
+    """The sigmas (timesteps for SD) that KSampler visits with the workflow's scheduler."""
+    n, shift = schedule.num_steps, schedule.shift
+
+    def shifted(u: float) -> float:
+        return shift * u / (1 + (shift - 1) * u)
+
+    if name in ("sd", "sdxl"):  # ddim_uniform
+        return [float(t) for t in range(1, 1000, 1000 // n)][::-1]
+    if name == "sd3":  # normal: evenly from the largest to the smallest sigma, shifted once more
+        low = shifted(1 / 1000)
+        return [shifted(1 - i * (1 - low) / (n - 1)) for i in range(n)]
+    table = [shifted((i + 1) / 10000) for i in range(10000)]  # simple
+    return [table[-(1 + int(i * 10000 / n))] for i in range(n)]
+
+
+def comfy_strengths(
+    frames: list[tuple[float, float]], steps: list[float], schedule: Schedule
+) -> list[float]:
+    """HookKeyframeGroup: the last keyframe whose start was reached; each holds for a step."""
+
+    def start(p: float) -> float:
+        if schedule.prediction_type != "flow":
+            return 1e9 if p <= 0 else (1 - p) * 999
+        shift, u = schedule.shift, 1 - p
+        return 1.0 if p <= 0 else shift * u / (1 + (shift - 1) * u)
+
     current, used, seen = 0, 0, []
-    for timestep in timesteps:
+    for step in steps:
         if used >= 1:
             for i in range(current + 1, len(frames)):
-                if (1 - frames[i][0]) * 999 < timestep:
+                if start(frames[i][0]) < step:
                     break
                 current, used = i, 0
                 break
@@ -139,37 +181,32 @@ def strengths(frames: list[tuple[float, float]], timesteps: list[float]) -> list
     return seen
 
 
-def test_keyframes_switch_each_lora_at_its_timesteps_in_comfyui():
-    schedule = ddim_schedule(alphas_cumprod(), 50)
-    steps = inference_plan(schedule, 4).steps
-    times = [round(float(t)) for t in schedule.timesteps]
-    active = [s for s in steps if s.adapters]
-    info = AdapterInfo(
-        "sd15",
-        4,
-        8,
-        4,
-        "stacked",
-        50,
-        [times[s.start] for s in active],
-        [s.adapters for s in active],
-        7.5,
-        {},
-    )
-    for number in range(1, 5):
-        frames = keyframes(info, number, 1000)
-        expected = [float(step.adapters >= number) for step in steps]
-        assert strengths(frames, [float(t) for t in times]) == expected
-        # A sampler whose timesteps are a little off is routed alike.
-        assert strengths(frames, [t - 3.0 for t in times]) == expected
-    graph = workflow(info, [f"x-{n}.safetensors" for n in range(1, 5)], 1000)
-    for node in graph.values():
-        for value in node["inputs"].values():
-            if isinstance(value, list):
-                assert int(value[0]) in range(1, len(graph) + 1)
+@pytest.mark.parametrize("name", CHAINS)
+def test_comfyui_workflow(name: str):
+    """It takes the family's own steps, and switches each LoRA at its timesteps."""
+    schedule = CHAINS[name]
+    k = 2 if name == "flux, schnell" else 4
+    stacked = adapters_at(segments(schedule, k), "stacked")
+    steps = comfy_steps(name, schedule)
+    own = schedule.timesteps if name in ("sd", "sdxl") else schedule.sigma[:-1]
+    torch.testing.assert_close(torch.tensor(steps), own.float(), atol=1e-3, rtol=0)
+    files = [f"x-{n}.safetensors" for n in range(1, k + 1)]
+    for number in range(1, k + 1):
+        active = [count >= number for count in stacked]
+        frames = keyframes(shares(schedule), active)
+        assert comfy_strengths(frames, steps, schedule) == [float(on) for on in active]
+        # A sampler whose steps are a little off is routed alike.
+        off = [step * 0.999 for step in steps]
+        assert comfy_strengths(frames, off, schedule) == [float(on) for on in active]
+    family = name.partition(",")[0]
+    graph = workflow(family, schedule, stacked, files, 3.5, 512)
+    comfyui_nodes.check(graph)
     kinds = [node["class_type"] for node in graph.values()]
-    assert kinds.count("CreateHookLoraModelOnly") == kinds.count("SetHookKeyframes") == 4
-    assert kinds.count("CombineHooks2") == 3
+    assert kinds.count("CreateHookLoraModelOnly") == kinds.count("SetHookKeyframes") == k
+    sides = [n["inputs"] for n in graph.values() if n["class_type"] == "ConditioningSetProperties"]
+    assert all(side["hooks"] for side in sides)
+    (sampler,) = [n["inputs"] for n in graph.values() if n["class_type"] == "KSampler"]
+    assert sampler["cfg"] == (1.0 if family == "flux" else 3.5)
 
 
 def test_card_and_loss(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -190,8 +227,108 @@ def test_a_folder_that_holds_something_is_left_alone(place: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_transformers_keep_the_names_that_comfyui_reads():
-    state = {"transformer.a.lora_A.weight": torch.ones(2, 3)}
-    assert kohya_state(state) == state
-    info = AdapterInfo("x", 1, 2, 4, "shared", 8, [1], [1], 1.0, {})
-    assert header(info, "flux", "t", 2)["modelspec.architecture"] == "flux-1-dev/lora"
+def test_cards_tell_no_paths():
+    home = "/home/me/models"
+    info = AdapterInfo(
+        f"{home}/sd15",
+        1,
+        2,
+        4,
+        "shared",
+        8,
+        [1],
+        [1],
+        1.0,
+        {
+            "model": f"{home}/sd15",
+            "reward": f"clip:1,{home}/mine.py:warm:0.5",
+            "reward_model": f"hpsv2={home}/x.pt",
+            "prompts": f"{home}/prompts.txt",
+            "output_dir": f"{home}/run",
+            "shortcut": f"{home}/few.safetensors",
+        },
+    )
+    family = tiny_family()
+    told = card(info, "kohya", ["a"], []) + json.dumps(vars(shareable(info)))
+    told += json.dumps(header(info, family, family.schedule(8), "t", 2))
+    assert home not in told
+    assert "clip:1,mine.py:warm:0.5 LoRA for sd15" in told
+    assert "| shortcut | few.safetensors |" in told
+    hub = replace(info, base_model="owner/name@v1")
+    assert "base_model: owner/name\n" in card(hub, "kohya", ["a"], [])
+
+
+REAL = {  # names in a LoRA's header, by what tells the variants of a family apart
+    "sd_v1": ("sd", {"cross_attention_dim": 768}, "stable-diffusion-v1"),
+    "sd_v2": ("sd", {"cross_attention_dim": 1024}, "stable-diffusion-v2-512"),
+    "sdxl_base_v1-0": ("sdxl", {}, "stable-diffusion-xl-v1-base"),
+    "sd3": ("sd3", {"dual_attention_layers": (), "num_layers": 24}, "stable-diffusion-3-m"),
+    "flux1": ("flux", {"guidance_embeds": True}, "flux-1-dev"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_header_names_the_base(name: str):
+    family, config, architecture = REAL[name]
+    known = SimpleNamespace(
+        name=family, resolution=512, denoiser=SimpleNamespace(config=SimpleNamespace(**config))
+    )
+    info = AdapterInfo("owner/name", 1, 2, 4, "shared", 8, [1], [1], 1.0, {"reward": "clip"})
+    schedule = CHAINS[family]
+    fields = header(info, known, schedule, "t", 2)  # type: ignore[arg-type]
+    assert fields["ss_base_model_version"] == name
+    assert fields["modelspec.architecture"] == f"{architecture}/lora"
+    assert fields["modelspec.resolution"] == "512x512"
+    assert ("modelspec.prediction_type" in fields) == (schedule.prediction_type != "flow")
+    assert all(isinstance(value, str) for value in fields.values())
+    if name == "sd_v2":
+        v = replace(schedule, prediction_type="v_prediction")
+        fields = header(info, known, v, "t", 2)  # type: ignore[arg-type]
+        assert fields["ss_base_model_version"] == "sd_v2_v"
+
+
+A1111 = re.compile(  # what its network.py and lora.py take for U-Nets, SD 1.x to XL
+    r"lora_unet_(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_"
+    r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
+)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_keys_are_those_that_tools_read(name: str):
+    """kohya's names for U-Nets; peft's with `transformer.` for SD3 and FLUX, as ComfyUI reads."""
+    family = FAMILIES[name]()
+    state = random_state(family, targets=family.lora_targets)
+    named = kohya_state({f"{family.part}.{key}": value for key, value in state.items()})
+    for key in named:
+        if family.part == "unet":
+            layer, _, end = key.partition(".")
+            assert A1111.fullmatch(layer)
+            assert end in ("alpha", "lora_down.weight", "lora_up.weight")
+        else:
+            module, _, end = key.removeprefix("transformer.").rpartition(".lora_")
+            assert family.denoiser.get_submodule(module) is not None
+            assert end in ("A.weight", "B.weight")
+
+
+def test_damage_another_model_and_a_full_disk_are_told_first(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    out = tmp_path / "out"
+
+    def told(*options: str, adapter: Path = place / "run" / "adapter") -> str:
+        command = ["export", "--adapter", str(adapter), "--output-dir", str(out), "--no-measure"]
+        assert main([*command, *options]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        assert not out.exists() or not any(out.iterdir())
+        return message
+
+    assert "does not fit emoji" in told("--model", "emoji")
+    cut = tmp_path / "adapter"
+    shutil.copytree(place / "run" / "adapter", cut)
+    weights = cut / lora_file(2)
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert f"{weights}: damaged" in told(adapter=cut)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "0 MB free, but the export's files take" in told()

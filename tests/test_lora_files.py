@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def family(request: pytest.FixtureRequest) -> Any:
     return FAMILIES[request.param]()
 
 
-def random_state(family: Any) -> dict[str, Tensor]:
-    """Weights of a LoRA on every layer that few-step LoRAs change: module.lora_A|B.weight."""
-    module = view(family.denoiser)
+def random_state(family: Any, targets: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Weights of a LoRA: module.lora_A|B.weight; on every layer that few-step LoRAs change."""
+    module, targets = view(family.denoiser), targets or family.shortcut_targets
     generator = torch.Generator().manual_seed(3)
-    add_lora(module, SHORTCUT, rank=RANK, targets=family.shortcut_targets, generator=generator)
+    add_lora(module, SHORTCUT, rank=RANK, targets=targets, generator=generator)
     for parameter in lora_parameters(module, SHORTCUT).values():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return lora_state(module, SHORTCUT)

@@ -1,95 +1,168 @@
-"""A timestep schedule as a ComfyUI workflow: LoRA hooks with keyframes (API format)."""
+"""A timestep schedule as a ComfyUI workflow: LoRA hooks with keyframes (API format).
+
+Nodes and their inputs are those that ComfyUI's nodes.py, nodes_hooks.py, nodes_model_advanced.py
+and nodes_flux.py declare; ``tests/comfyui_nodes.py`` lists them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from shortft.adapter import AdapterInfo
+from shortft.schedule import Schedule
 
 Graph = dict[str, dict[str, Any]]
+Link = list[Any]
+CHOOSE = "CHOOSE-{}.safetensors"
 
 
-def keyframes(info: AdapterInfo, number: int, total: int) -> list[tuple[float, float]]:
-    """When LoRA `number` is switched: (start as a share of sampling, strength), in order.
+def shares(schedule: Schedule) -> list[float]:
+    """Where each step lies for ComfyUI: 0 at the start of sampling, 1 at its end.
 
-    ComfyUI's share p stands for training timestep (1 - p)·(total - 1). A switch lies half-way
-    between the steps that it separates, so that a sampler whose timesteps are a little off is
-    routed alike.
+    Share p stands for training timestep (1 - p)·(T - 1), and for flow matching for the sigma that
+    1 - p becomes by the shift (`percent_to_sigma` of ComfyUI's model_sampling.py).
     """
-    last = total - 1
-    step = total / info.num_steps
-    frames: list[tuple[float, float]] = []
-    active = [t for t, count in zip(info.timesteps, info.stacked, strict=True) if count >= number]
-    stretches: list[tuple[float, float]] = []  # from a higher timestep to a lower one
-    for timestep in active:
-        if stretches and stretches[-1][1] - timestep <= 1.5 * step:
-            stretches[-1] = (stretches[-1][0], timestep)
-        else:
-            stretches.append((timestep, timestep))
-    for first, low in stretches:
-        begin = 1 - (first + step / 2) / last
-        if first >= total - 1.5 * step:  # from the first step on; a keyframe holds for one at least
-            frames.append((0.0, 1.0))
-        else:
-            if not frames:
-                frames.append((0.0, 0.0))
-            frames.append((round(begin, 3), 1.0))
-        end = 1 - (low - step / 2) / last
-        if end < 1:
-            frames.append((round(end, 3), 0.0))
+    if schedule.prediction_type != "flow":
+        last = schedule.train_timesteps - 1
+        return [1 - t / last for t in schedule.timesteps.tolist()]
+    shift = schedule.shift
+    return [1 - s / (shift - (shift - 1) * s) for s in schedule.sigma[:-1].tolist()]
+
+
+def keyframes(places: Sequence[float], active: Sequence[bool]) -> list[tuple[float, float]]:
+    """When a LoRA is switched: (start as a share of sampling, strength), in order.
+
+    A switch lies half-way between the steps that it separates, so that a sampler whose steps are
+    a little off is routed alike.
+
+    Args:
+        places: of all steps, see `shares`.
+        active: at which of them the LoRA acts.
+    """
+    frames = [(0.0, float(active[0]))]
+    for i in range(1, len(active)):
+        if active[i] != active[i - 1]:
+            frames.append((round((places[i - 1] + places[i]) / 2, 4), float(active[i])))
     return frames
 
 
-def workflow(info: AdapterInfo, files: list[str], total: int) -> Graph:
+class Builder:
+    """Collects nodes; `add` returns the link to a node's first output."""
+
+    def __init__(self) -> None:
+        self.graph: Graph = {}
+
+    def add(self, kind: str, **inputs: Any) -> Link:
+        self.graph[str(len(self.graph) + 1)] = {"class_type": kind, "inputs": inputs}
+        return [str(len(self.graph)), 0]
+
+
+def workflow(
+    family: str,
+    schedule: Schedule,
+    stacked: Sequence[int],
+    files: Sequence[str],
+    guidance_scale: float,
+    resolution: int,
+) -> Graph:
     """A text-to-image workflow in which every LoRA acts at its own timesteps.
 
     Args:
+        family: "sd", "sdxl", "sd3" or "flux"; what ComfyUI loads and samples with follows it.
+        schedule: the chain of the adapter.
+        stacked: how many LoRAs act at each of its steps.
         files: names of the LoRA files 1…k in ComfyUI's `models/loras`.
-        total: T, the training timesteps.
+        resolution: height and width of the pictures.
     """
-    graph: Graph = {}
-
-    def node(kind: str, **inputs: Any) -> list[Any]:
-        graph[str(len(graph) + 1)] = {"class_type": kind, "inputs": inputs}
-        return [str(len(graph)), 0]
-
-    checkpoint = node("CheckpointLoaderSimple", ckpt_name="CHOOSE-YOUR-CHECKPOINT.safetensors")
-    model, clip, vae = checkpoint, [checkpoint[0], 1], [checkpoint[0], 2]
-    hooks: list[Any] | None = None
-    for number, file in enumerate(files, start=1):
-        frame: list[Any] | None = None
-        for start, strength in keyframes(info, number, total):
-            more = {} if frame is None else {"prev_hook_kf": frame}
-            frame = node("CreateHookKeyframe", strength_mult=strength, start_percent=start, **more)
-        own = node("CreateHookLoraModelOnly", lora_name=file, strength_model=1.0)
-        own = node("SetHookKeyframes", hooks=own, hook_kf=frame)
-        hooks = own if hooks is None else node("CombineHooks2", hooks_A=hooks, hooks_B=own)
+    build = Builder()
+    model, clip, vae = _load(build, family, schedule, resolution)
+    hooks = _hooks(build, shares(schedule), stacked, files)
     sides = []
     for text in ("YOUR PROMPT", ""):
-        encoded = node("CLIPTextEncode", clip=clip, text=text)
+        encoded = build.add("CLIPTextEncode", clip=clip, text=text)
+        if family == "flux" and text:
+            encoded = build.add("FluxGuidance", conditioning=encoded, guidance=guidance_scale)
         sides.append(
-            node(
+            build.add(
                 "ConditioningSetProperties",
                 cond_NEW=encoded,
                 strength=1.0,
                 set_cond_area="default",
-                opt_hooks=hooks,
+                hooks=hooks,
             )
         )
-    latents = node("EmptyLatentImage", width=512, height=512, batch_size=1)
-    samples = node(
+    flow = schedule.prediction_type == "flow"
+    latents = build.add(
+        "EmptySD3LatentImage" if flow else "EmptyLatentImage",
+        width=resolution,
+        height=resolution,
+        batch_size=1,
+    )
+    samples = build.add(
         "KSampler",
         model=model,
         positive=sides[0],
         negative=sides[1],
         latent_image=latents,
         seed=0,
-        steps=info.num_steps,
-        cfg=info.guidance_scale,
-        sampler_name="ddim",
-        scheduler="ddim_uniform",
+        steps=schedule.num_steps,
+        cfg=1.0 if family == "flux" else guidance_scale,
+        sampler_name="euler" if flow else "ddim",
+        # With these each takes the steps of the family's own schedule.
+        scheduler={"flux": "simple", "sd3": "normal"}.get(family, "ddim_uniform"),
         denoise=1.0,
     )
-    images = node("VAEDecode", samples=samples, vae=vae)
-    node("SaveImage", images=images, filename_prefix="shortft")
-    return graph
+    images = build.add("VAEDecode", samples=samples, vae=vae)
+    build.add("SaveImage", images=images, filename_prefix="shortft")
+    return build.graph
+
+
+def _load(
+    build: Builder, family: str, schedule: Schedule, resolution: int
+) -> tuple[Link, Link, Link]:
+    """Model, text encoders and decoder, with the family's shift of the schedule."""
+    if family == "flux":
+        model = build.add(
+            "UNETLoader", unet_name=CHOOSE.format("FLUX-MODEL"), weight_dtype="default"
+        )
+        clip = build.add(
+            "DualCLIPLoader",
+            clip_name1=CHOOSE.format("T5XXL"),
+            clip_name2=CHOOSE.format("CLIP-L"),
+            type="flux",
+        )
+        vae = build.add("VAELoader", vae_name=CHOOSE.format("FLUX-VAE"))
+        # FLUX.1-schnell has no shift: both ends 0. The node finds mu by the number of tokens.
+        low, high = (0.5, 1.15) if schedule.shift != 1 else (0.0, 0.0)
+        model = build.add(
+            "ModelSamplingFlux",
+            model=model,
+            max_shift=high,
+            base_shift=low,
+            width=resolution,
+            height=resolution,
+        )
+        return model, clip, vae
+    model = build.add("CheckpointLoaderSimple", ckpt_name=CHOOSE.format("YOUR-CHECKPOINT"))
+    clip, vae = [model[0], 1], [model[0], 2]
+    if family == "sd3":
+        model = build.add("ModelSamplingSD3", model=model, shift=round(schedule.shift, 2))
+    return model, clip, vae
+
+
+def _hooks(
+    build: Builder, places: Sequence[float], stacked: Sequence[int], files: Sequence[str]
+) -> Link | None:
+    """All LoRAs' hooks, each with its keyframes, as one."""
+    hooks: Link | None = None
+    for number, file in enumerate(files, start=1):
+        frame: Link | None = None
+        for start, strength in keyframes(places, [count >= number for count in stacked]):
+            before = {} if frame is None else {"prev_hook_kf": frame}
+            frame = build.add(
+                "CreateHookKeyframe", strength_mult=strength, start_percent=start, **before
+            )
+        own = build.add("CreateHookLoraModelOnly", lora_name=file, strength_model=1.0)
+        own = build.add("SetHookKeyframes", hooks=own, hook_kf=frame)
+        hooks = own if hooks is None else build.add("CombineHooks2", hooks_A=hooks, hooks_B=own)
+    return hooks

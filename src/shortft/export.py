@@ -15,28 +15,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from shortft.adapter import AdapterInfo, lora_file, read_info
-from shortft.assets import prompts_for
+from shortft.adapter import AdapterInfo, load_into, lora_file, read_info
+from shortft.assets import model_path, prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.families import load_family, open_pipeline
-from shortft.families.base import Family
+from shortft.families.base import Family, Guidance
 from shortft.inputs import read_prompts
+from shortft.model_card import card, header, run_figures, shareable
+from shortft.networks import ModelNetworks
+from shortft.plans import adapters_at
 from shortft.quiet import quiet
+from shortft.schedule import segments
+from shortft.space import check_space, size_of
 
 Format = Literal["diffusers", "kohya", "comfyui", "merged"]
 PLAIN = "plain.safetensors"
-# What tools show and sort by: kohya's name of the base, and modelspec's architecture.
-BASES = {
-    "sd": ("sd_v1", "stable-diffusion-v1/lora"),
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    "sd3": ("sd3", "stable-diffusion-3-medium/lora"),
-    "flux": ("flux1", "flux-1-dev/lora"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,22 @@ class Loss:
             f"reward on held-out prompts: base {self.base:.4f}, with the schedule "
             f"{self.scheduled:.4f}, as one plain LoRA {self.plain:.4f}{kept}"
         )
+
+
+def read_loras(adapter: Path, info: AdapterInfo) -> list[dict[str, Tensor]]:
+    """The weights of LoRA 1…k.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    states = []
+    for number in range(1, info.loras + 1):
+        path = adapter / lora_file(number)
+        try:
+            states.append(load_file(path))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: damaged ({error}); restore it or train again") from error
+    return states
 
 
 def plain_state(states: list[dict[str, Tensor]], info: AdapterInfo) -> dict[str, Tensor]:
@@ -94,25 +109,6 @@ def kohya_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         key: value.float() if key.endswith(".alpha") else value.contiguous()
         for key, value in converted.items()
-    }
-
-
-def header(info: AdapterInfo, family: str, title: str, rank: int) -> dict[str, str]:
-    """The fields of a LoRA file's header that tools show."""
-    base, architecture = BASES.get(family, (family, f"{family}/lora"))
-    return {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
-        "ss_base_model_version": base,
-        "ss_sd_model_name": info.base_model,
-        "ss_training_comment": f"shortft {info.config.get('method', '')}: "
-        f"{info.config.get('reward', '')}",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
     }
 
 
@@ -159,30 +155,6 @@ def measure_loss(
     return Loss(figures[0]["before"], figures[0]["after"], figures[1]["after"])
 
 
-def card(info: AdapterInfo, kind: str, files: list[str], notes: list[str]) -> str:
-    """README.md of an export: what it is, how it was made, and how it is used."""
-    settings = {
-        name: info.config[name]
-        for name in ("method", "reward", "updates", "minutes", "rank", "learning_rate", "seed")
-        if info.config.get(name) is not None
-    }
-    lines = [
-        f"# {info.config.get('reward', 'reward')} LoRA for {info.base_model}",
-        "",
-        f"Trained by shortft ({kind} export). Guidance scale {info.guidance_scale:g}, "
-        f"{info.num_steps} steps.",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings.items()),
-        "",
-        "Files: " + ", ".join(f"`{name}`" for name in files) + ".",
-        "",
-        *notes,
-    ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def export_command(
     adapter: Path,
     kind: Format,
@@ -203,12 +175,18 @@ def export_command(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
     info = read_info(adapter)
+    base = model or info.base_model
+    states = read_loras(adapter, info)
+    needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
+    if kind == "merged":
+        needed += size_of(Path(model_path(base)))
+    check_space(output_dir, needed, "the export's files", "")
     console = Console()
-    with console.status(f"loading {model or info.base_model}"):
-        base = model or info.base_model
+    with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
         family = load_family(base, pipeline=pipeline, resolution=info.resolution)
-    states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
+    nets = ModelNetworks(family, guidance=Guidance(), loras=info.loras, rank=info.rank)
+    load_into(nets, adapter)  # whether it fits, before anything is written
     name = adapter.resolve().parent.name or "shortft"
     output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
@@ -226,14 +204,17 @@ def export_command(
     else:
         notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
     if kind == "diffusers":
-        shutil.copy(adapter / "adapter.json", output_dir / "adapter.json")
+        fields = json.dumps(vars(shareable(info)), indent=2) + "\n"
+        write_atomic(output_dir / "adapter.json", fields.encode())
         notes.append(
             "`shortft.load_adapter(pipe, FOLDER)` routes the numbered LoRAs by timestep; "
             f"`pipe.load_lora_weights(FOLDER, weight_name='{PLAIN}')` loads the plain one."
         )
     shutil.rmtree(scratch)
     files = sorted(p.name for p in output_dir.iterdir())
-    write_atomic(output_dir / "README.md", card(info, kind, files, notes).encode())
+    figures = run_figures(adapter.resolve().parent)
+    text = card(info, kind, files, notes, figures)
+    write_atomic(output_dir / "README.md", text.encode())
     written = ", ".join([*files, "README.md"])
     console.print(f"{output_dir}: {written}", markup=False, soft_wrap=True)
 
@@ -277,23 +258,24 @@ def _write_loras(
     def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state if kind == "diffusers" else kohya_state(state)
 
+    schedule = family.schedule(info.num_steps)
     names = []
     for number, state in enumerate(states, start=1):
         file = lora_file(number) if kind == "diffusers" else f"{name}-{number}.safetensors"
-        fields = header(info, family.name, f"{name} {number}", info.rank)
+        fields = header(info, family, schedule, f"{name} {number}", info.rank)
         write_atomic(output_dir / file, save(converted(state), fields))
         names.append(file)
     whole = PLAIN if kind == "diffusers" else f"{name}-plain.safetensors"
-    fields = header(info, family.name, name, plain.rank)
+    fields = header(info, family, schedule, name, plain.rank)
     write_atomic(output_dir / whole, save(converted(load_file(scratch / lora_file(1))), fields))
     if kind != "comfyui":
         return []
-    total = family.schedule(info.num_steps).train_timesteps
-    graph = workflow(info, names, total)
+    stacked = adapters_at(segments(schedule, info.segments), info.placement)
+    graph = workflow(family.name, schedule, stacked, names, info.guidance_scale, family.resolution)
     write_atomic(output_dir / "workflow.json", (json.dumps(graph, indent=2) + "\n").encode())
     return [
         "Put the numbered files into ComfyUI's `models/loras`, load `workflow.json` (API format), "
-        "and choose your checkpoint and prompt. The hooks switch each LoRA on at its timesteps. "
+        "and choose your model and prompt. The hooks switch each LoRA on at its timesteps. "
         "ComfyUI itself was not at hand when this was written: the workflow follows its nodes' "
         "declared inputs."
     ]

@@ -31,6 +31,7 @@ class Schedule:
         sigma: (N + 1,) float64, noise coefficient of each point.
         prediction_type: what the network predicts.
         train_timesteps: T; the network was trained on timesteps in [0, T).
+        shift: by how much flow matching's sigmas are shifted, see `flow_schedule`; 1 = not.
     """
 
     timesteps: Tensor
@@ -38,6 +39,7 @@ class Schedule:
     sigma: Tensor
     prediction_type: PredictionType
     train_timesteps: int = 1000
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
@@ -147,7 +149,7 @@ def flow_schedule(
     sigma = torch.linspace(1.0, smallest, num_steps, dtype=torch.float64)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     points = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-    return Schedule(sigma * train_timesteps, 1 - points, points, "flow", train_timesteps)
+    return Schedule(sigma * train_timesteps, 1 - points, points, "flow", train_timesteps, shift)
 
 
 def flow_schedule_from_config(

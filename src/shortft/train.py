@@ -14,7 +14,7 @@ from shortft.checkpoint import load_latest
 from shortft.config import Config, option_name, to_yaml
 from shortft.drawing.curves import read_metrics
 from shortft.drawing.files import write_atomic
-from shortft.drawing.progress import TrainProgress, memory_text
+from shortft.drawing.progress import TrainProgress
 from shortft.errors import Stopped, UserError
 from shortft.faithful import require_faithful
 from shortft.guard import Guard, Look
@@ -23,6 +23,7 @@ from shortft.memory import peak_memory_bytes
 from shortft.metrics import picture_statistics
 from shortft.metrics_log import MetricsLog
 from shortft.rewards import anchor_warning
+from shortft.space import check_space
 from shortft.trainer import Trainer
 
 
@@ -55,7 +56,8 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
         trainer.restore(saved, allow_change=allow_change)
         log_bytes = int(saved.state["log_bytes"])
     if main:
-        check_space(root, trainer.checkpoint_bytes() * (config.keep_checkpoints + 1))
+        size = trainer.checkpoint_bytes() * (config.keep_checkpoints + 1)
+        check_space(root, size, "the run's checkpoints", "lower --keep-checkpoints, ")
         root.mkdir(parents=True, exist_ok=True)
         write_atomic(root / "config.yaml", to_yaml(config).encode())
     log = MetricsLog(root / "metrics.jsonl", log_bytes, enabled=main)
@@ -260,22 +262,6 @@ def check_same_run(saved: str, config: Config, *, allow_change: bool = False) ->
             "one, or start a new run in another --output-dir"
         )
     return [f"changed: {line}" for line in lines]
-
-
-def check_space(root: Path, needed: int) -> None:
-    """Tell before the run if its checkpoints will not fit on the disk.
-
-    Raises:
-        UserError: if less than `needed` bytes are free.
-    """
-    place = next(p for p in (root, *root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"--output-dir {root}: {memory_text(free)} free, but the run's checkpoints take "
-            f"{memory_text(needed)}; free some space, lower --keep-checkpoints, or name another "
-            "directory"
-        )
 
 
 def note_cause(root: Path, reason: BaseException) -> None:

@@ -1,0 +1,102 @@
+"""Every family's exports, loaded into a fresh diffusers pipeline, draw the pictures of shortft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shortft import load_adapter
+from shortft.adapter import AdapterInfo, lora_file, save_adapter
+from shortft.cli import main
+from shortft.export import write_plain_adapter
+from shortft.families import load_family
+from shortft.families.base import Guidance
+from shortft.networks import ModelNetworks
+from shortft.plans import inference_plan
+from shortft.quiet import quiet
+from shortft.sampling import generate, load_tuned
+from tiny import randomise_loras, tiny_pipeline
+from tiny_families import tiny
+
+PROMPTS, SEEDS = ["red apple", "panda face"], [3, 4]
+STEPS, K, SCALE = 6, 3, 3.0
+
+
+def drawn(pipe: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    images: Tensor = pipe(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        height=16,
+        width=16,
+        output_type="pt",
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_round_trip(tmp_path: Path, name: str):
+    model = tmp_path / "model"
+
+    def fresh() -> Any:
+        return tiny_pipeline() if name == "sd" else tiny(name)
+
+    with quiet():
+        fresh().save_pretrained(model)
+    if name == "flux":
+        (model / "shortft.json").write_text(json.dumps({"resolution": 16}))
+    family = load_family(str(model), device="cpu")
+    nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
+    randomise_loras(nets, 0.3)
+    schedule = family.schedule(STEPS)
+    active = [step for step in inference_plan(schedule, K).steps if step.adapters]
+    info = AdapterInfo(
+        base_model=str(model),
+        loras=K,
+        rank=2,
+        segments=K,
+        placement="stacked",
+        num_steps=STEPS,
+        timesteps=[round(float(schedule.timesteps[step.start])) for step in active],
+        stacked=[step.adapters for step in active],
+        guidance_scale=SCALE,
+        config={"reward": "symmetry", "method": "shortft"},
+    )
+    adapter = tmp_path / "run" / "adapter"
+    save_adapter(nets, info, adapter)
+    states = [load_file(adapter / lora_file(n)) for n in range(1, K + 1)]
+    write_plain_adapter(states, info, family, tmp_path / "plain")
+
+    def ours(folder: Path) -> Tensor:
+        nets, schedule, plan = load_tuned(family, folder, None, None)
+        return generate(family, nets, plan, schedule, family.encode(PROMPTS), SEEDS)
+
+    out = {kind: tmp_path / kind for kind in ("diffusers", "kohya", "merged")}
+    for kind, folder in out.items():
+        command = ["export", "--adapter", str(adapter), "--format", kind, "--no-measure"]
+        assert main([*command, "--output-dir", str(folder)]) == 0
+        assert str(tmp_path) not in (folder / "README.md").read_text()
+    base, scheduled, plain = drawn(fresh()), ours(adapter), ours(tmp_path / "plain")
+    assert min(float((x - base).abs().max()) for x in (scheduled, plain)) > 1e-2
+    assert (scheduled - plain).abs().max() > 1e-3
+
+    pipe = fresh()
+    load_adapter(pipe, out["diffusers"])
+    torch.testing.assert_close(drawn(pipe), scheduled, atol=1e-5, rtol=0)
+    for kind, file in (("diffusers", "plain.safetensors"), ("kohya", "run-plain.safetensors")):
+        pipe = fresh()
+        with quiet():
+            pipe.load_lora_weights(out[kind], weight_name=file)
+        torch.testing.assert_close(drawn(pipe), plain, atol=1e-5, rtol=0)
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(out["merged"])
+    torch.testing.assert_close(drawn(pipe), plain, atol=1e-5, rtol=0)
