@@ -8,7 +8,7 @@ is measured, not assumed.
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,19 +190,22 @@ def export_command(
     name = adapter.resolve().parent.name or "shortft"
     output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
-    scratch = output_dir / ".plain"
-    plain = write_plain_adapter(states, info, family, scratch)
-    if info.placement == "everywhere":
-        notes.append("It acts at every timestep: use it like any LoRA.")
-    elif measure:
-        notes.append(_loss_note(family, adapter, scratch, info, prompts_path, num_prompts, console))
-    for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-    if kind == "merged":
-        _write_merged(open_pipeline(base, pipeline), scratch, output_dir)
-        notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
-    else:
-        notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
+    with tempfile.TemporaryDirectory(prefix=".plain-", dir=output_dir) as made:
+        scratch = Path(made)
+        plain = write_plain_adapter(states, info, family, scratch)
+        if info.placement == "everywhere":
+            notes.append("It acts at every timestep: use it like any LoRA.")
+        elif measure:
+            notes.append(
+                _loss_note(family, adapter, scratch, info, prompts_path, num_prompts, console)
+            )
+        for note in notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        if kind == "merged":
+            _write_merged(open_pipeline(base, pipeline), scratch, output_dir)
+            notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
+        else:
+            notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
     if kind == "diffusers":
         fields = json.dumps(vars(shareable(info)), indent=2) + "\n"
         write_atomic(output_dir / "adapter.json", fields.encode())
@@ -210,7 +213,6 @@ def export_command(
             "`shortft.load_adapter(pipe, FOLDER)` routes the numbered LoRAs by timestep; "
             f"`pipe.load_lora_weights(FOLDER, weight_name='{PLAIN}')` loads the plain one."
         )
-    shutil.rmtree(scratch)
     files = sorted(p.name for p in output_dir.iterdir())
     figures = run_figures(adapter.resolve().parent)
     text = card(info, kind, files, notes, figures)
