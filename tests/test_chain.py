@@ -154,7 +154,7 @@ def brute_force(rig: Rig, stage: int) -> Tensor:
         return there.sqrt() * x0 + (1 - there).sqrt() * eps
 
     def policy(stacked: int) -> torch.nn.Module:
-        return rig.nets._policies[stacked]
+        return rig.nets.module(Step(0, 1, "policy", stacked, trains=True))
 
     for number in range(1, K + 1):
         inside = [t for t in times if 1000 * (K - number) / K <= t < 1000 * (K - number + 1) / K]
@@ -224,7 +224,7 @@ def test_positive_guidance_leaves_out_the_negative_branch(tmp_path: Path):
             observe=states.__setitem__,
         )
     x, t = states[last.start], int(positive.schedule.timesteps[last.start])
-    module = positive.nets._policies[K]
+    module = positive.nets.module(last)
     with torch.no_grad():
         uncond = module(x, t, positive.cond.negative, return_dict=False)[0]
     cond = module(x, t, positive.cond.positive, return_dict=False)[0]
@@ -251,7 +251,7 @@ def test_steps_without_gradient_keep_no_graph(rig: Rig):
         total = 0
         fixed = {
             p.untyped_storage().data_ptr()
-            for module in (rig.family.denoiser, rig.family.vae, rig.nets._policies[K])
+            for module in (rig.family.denoiser, rig.family.vae, rig.nets._loras)
             for p in module.parameters()
         }
         shortcut = rig.nets._shortcut

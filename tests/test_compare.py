@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shortft import compare, compare_report
+from shortft import compare, compare_figures, compare_report
 from shortft.cli import main
-from shortft.compare import CLAIM, RESULT, Comparison, Job, Workshop, claim, comparison_from
+from shortft.compare import CLAIM, RESULT, Job, Workshop, claim
+from shortft.comparison import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
 from shortft.errors import UserError
 from tiny import save_tiny
@@ -59,7 +60,7 @@ def pretended(job: Job, config: Config) -> dict[str, Any]:
         pictures = torch.rand(4, 3, 16, 16)
         save_file({"before": pictures, "after": 1 - pictures}, job.folder / "pictures.safetensors")
     return {
-        "reward": {"name": "r", "before": 0.5, "after": after},
+        "reward": {"name": "r", "before": 0.5, "after": after, "change_interval": [0.0, 1.0]},
         "held_out": {"name": "h", "before": 0.5, "after": 0.6},
         "diversity": {"name": "d", "before": 0.2, "after": 0.1},
         "reports": {
@@ -172,16 +173,101 @@ def test_report(base, trained):
     paths = compare_report.write_report(shop)
     assert all(path.stat().st_size for path in paths)
     text = (shop.root / "results.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith(("| shortft", "| refl", "| dr"))]
-    assert [line.split()[1] for line in lines] == ["shortft", "refl", "draft_k"]  # by gain
+    lines = [line for line in text.splitlines() if line.startswith(("| 1 ", "| 2 ", "| 3 "))]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [dict(zip(compare_report.HEADER, line, strict=True)) for line in cells]
+    assert [row["method"] for row in rows] == ["shortft", "refl", "draft_k"]  # by gain
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    # Gains over two seeds: 0.30 and 0.31, 0.20 and 0.21, 0.10 and 0.11.
+    assert rows[0]["gain"] == "+0.3050 (+0.3000 to +0.3100)"
+    assert [row["gain / best rival's"] for row in rows] == ["1.49", "1.00", "0.51"]
     # The best rival's curve ends at 0.7; ours is at 0.65 after 15 s and at 0.8 after 30 s.
-    assert "| 20 s |" in lines[0]
-    assert "| not reached |" in lines[2]
-    assert "+0.3050 (+0.3000 to +0.3100)" in lines[0]
+    reached = [row["reaches the best rival's final reward in"] for row in rows]
+    assert reached == ["20 s (67 %)", "30 s (100 %)", "not reached"]
+    assert rows[0]["held-out scorer, before → after"] == "0.500 → 0.600"
+    assert rows[0]["diversity, change"] == "-50 %"
+    assert rows[0]["in its own unit, before → after"] == "e ↓: 1 → 0.5"
     assert "the best rival, refl: gain ratio 1.49; ranges over seeds are apart" in text
+    assert "holds the median of all seeds with probability 50%" in text
     table = list(csv.DictReader((shop.root / "results.csv").open()))
     assert len(table) == 6
     assert {row["learning_rate"] for row in table} == {"0.01"}
+
+
+def results_of(gains: dict[str, dict[str, list[float]]]) -> compare_figures.Results:
+    """Results from gains by reward, method and seed; curves rise evenly over 100 s."""
+    return {
+        (reward, method): [
+            {
+                "reward": {"before": 2.0, "after": 2.0 + gain},
+                "curve": [[0.0, 2.0], [100.0, 2.0 + gain]],
+                "training_seconds": 100.0,
+            }
+            for gain in seeds
+        ]
+        for reward, methods in gains.items()
+        for method, seeds in methods.items()
+    }
+
+
+def test_figures_over_several_rewards_are_those_computed_by_hand():
+    results = results_of(
+        {
+            "clip": {"shortft": [0.5, 0.1, 0.3], "draft_k": [0.2, 0.1, 0.9], "refl": [0.1] * 3},
+            "symmetry": {"shortft": [4, 6, 5], "draft_k": [1, 1, 1], "refl": [2, 1, 9]},
+        }
+    )
+    assert compare_figures.by_gain(results, "clip") == ["shortft", "draft_k", "refl"]
+    assert compare_figures.by_gain(results, "symmetry") == ["shortft", "refl", "draft_k"]
+    # Medians: 0.3 over 0.2, and 5 over 2; DRaFT-K 1, and 1 over 2; ReFL 0.1 over 0.2, and 1.
+    for method, ratios in {"shortft": (1.5, 2.5), "draft_k": (1, 0.5), "refl": (0.5, 1)}.items():
+        found = [compare_figures.gain_ratio(results, r, method) for r in ("clip", "symmetry")]
+        assert found == pytest.approx(ratios)
+        mean = compare_figures.mean_gain_ratio(results, ("clip", "symmetry"), method)
+        assert mean == pytest.approx(sum(ratios) / 2)
+    # The rival's median curve ends at 2.2; ours rises by 0.3 in 100 s.
+    level = compare_figures.final_reward_of_best_rival(results, "clip")
+    assert level == pytest.approx(2.2)
+    ours = results["clip", "shortft"]
+    assert compare_figures.seconds_to_reach(ours, level) == pytest.approx(100 * 0.2 / 0.3)
+    text = "\n".join(compare_report.overall(results, ["clip", "symmetry"]))
+    assert "| shortft | 2.00 | 1.50 (1) | 2.50 (1) |" in text
+    assert "| refl | 0.75 | 0.50 (3) | 1.00 (2) |" in text
+    verdict = compare_report.verdict(results, "clip")[0]
+    assert "draft_k: gain ratio 1.50; ranges over seeds overlap" in verdict
+    assert verdict.endswith("its final reward: 67 s (67 %).")
+
+
+def test_ratios_that_mean_nothing_are_not_given():
+    results = results_of(
+        {"clip": {"shortft": [0.2], "refl": [-0.1]}, "symmetry": {"shortft": [1.0]}}
+    )
+    assert compare_figures.gain_ratio(results, "clip", "shortft") is None  # it lost
+    assert compare_figures.gain_ratio(results, "symmetry", "shortft") is None  # none ran
+    text = "\n".join(compare_report.overall(results, ["clip", "symmetry"]))
+    assert "| refl | not defined | not defined (2) | did not run |" in text
+    assert compare_report.reached_text(results, "symmetry", "shortft") == "no rival ran"
+
+
+def test_a_method_may_carry_options(base):
+    spec = Comparison(("draft_k", "draft_k:k=3", "shortft:jump=ddim,pin=true"), ("symmetry",))
+    shop = workshop(base, spec)
+    configs = [shop.config(job) for job in shop.jobs() if job.seed == 0]
+    assert [config.method_options.get("k") for config in configs] == [1, 3, None]
+    assert configs[2].method_options["jump"] == "ddim"
+    assert configs[2].method_options["pin"] is True
+    assert len({config.output_dir for config in configs}) == 3
+    with pytest.raises(UserError, match="--method-options j: unknown to draft_k"):
+        workshop(base, Comparison(("draft_k:j=3",), ("symmetry",)))
+    with pytest.raises(UserError, match="--methods draft: unknown"):
+        workshop(base, Comparison(("draft:k=3",), ("symmetry",)))
+
+
+@pytest.mark.parametrize("budget", sorted(BUDGETS))
+def test_budgets_name_what_there_is(base, budget: str):
+    spec = BUDGETS[budget]
+    shop = Workshop(base.output_dir, spec, base.model_copy(update={"shortcut": "plain"}))
+    assert len(shop.configs) == len(spec.methods) * len(spec.rewards)
 
 
 @pytest.mark.parametrize(
@@ -210,24 +296,34 @@ def test_unknown_methods_are_told_before_anything_is_written(base, capsys):
 
 
 def test_the_laptop_budget_fits_a_laptop():
-    assert compare.BUDGETS["laptop"].cost_minutes() <= 20  # evaluation comes on top, within 30
+    assert BUDGETS["laptop"].cost_minutes() <= 20  # evaluation comes on top, within 30
 
 
 def test_end_to_end_on_a_tiny_model(base, tmp_path: Path, capsys):
     config = tmp_path / "base.yaml"
     from shortft.config import to_yaml
 
-    config.write_text(to_yaml(base))
+    config.write_text(to_yaml(base.model_copy(update={"shortcut": "plain"})))
     out = tmp_path / "real"
-    command = ["compare", str(config), "--methods", "shortft draft_k", "--rewards", "symmetry"]
-    command += ["--seeds", "1", "--minutes", "0.02", "--looks", "2", "--num-prompts", "4"]
+    command = ["compare", str(config), "--methods", "shortft tune_shortcut", "--seeds", "1"]
+    command += ["--rewards", "symmetry", "--minutes", "0.02", "--looks", "2"]
+    command += ["--num-prompts", "4", "--clock", "cpu"]
     assert main([*command, "--output-dir", str(out)]) == 0
     assert "results.md" in capsys.readouterr().out
-    for method in ("shortft", "draft_k"):
+    found = {}
+    for method in ("shortft", "tune_shortcut"):
         result = json.loads((out / "runs" / "symmetry" / method / "seed-0" / RESULT).read_text())
         assert result["updates"] > 0
         assert result["reward"]["before"] < 0
         assert result["curve"][0][0] == 0
         assert result["curve"][-1][0] >= 0.02 * 60
+        found[method] = result
+    assert "plain_chain" not in found["shortft"]
+    few, plain = found["tune_shortcut"], found["tune_shortcut"]["plain_chain"]
+    assert few["reward"]["before"] == plain["reward"]["before"]
+    assert few["reward"]["after"] != plain["reward"]["after"]
+    text = (out / "results.md").read_text()
+    assert "| tune_shortcut on the plain chain |" in text
+    assert "CPU time" in text
     assert {p.suffix for p in out.iterdir() if p.is_file()} == {".md", ".csv", ".png", ".json"}
     assert main([*command, "--output-dir", str(out), "--report-only"]) == 0

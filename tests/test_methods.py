@@ -70,16 +70,18 @@ class Toy:
         self.made: list[tuple[Step, bool, int]] = []
 
     def f(self, name: str, x: Tensor, i: int, loras: int = 1, trains: bool = True) -> Tensor:
-        """The network `name` at point i; the policy is the base with LoRAs 1 … loras."""
+        """The network `name` at point i; the policy is the base with LoRAs 1 … loras, "tuned" the
+        shortcut with them.
+        """
         return self._network(name, x, self.time[i], self.cond, loras, trains)
 
     def _network(
         self, name: str, x: Tensor, time: float, cond: Tensor, loras: int, trains: bool
     ) -> Tensor:
-        first, second = self.frozen["base" if name == "policy" else name]
+        first, second = self.frozen["shortcut" if name in ("shortcut", "tuned") else "base"]
         flat = x.flatten(1)
         hidden = flat @ first.T + self.clock * time / 1000 + cond
-        if name == "policy":
+        if name in ("policy", "tuned"):
             for parameters in self.theta[:loras]:
                 down, up, shift = (p if trains else p.detach() for p in parameters)
                 hidden = hidden + flat @ down.T @ up.T + shift
@@ -87,7 +89,8 @@ class Toy:
 
     def predict(self, step: Step, latents: Tensor, timestep: float, cond: Any) -> Tensor:
         before = self.packed
-        out = self._network(step.net, latents, timestep, cond, step.adapters, step.trains)
+        name = "tuned" if step.net == "shortcut" and step.adapters else step.net
+        out = self._network(name, latents, timestep, cond, step.adapters, step.trains)
         self.made.append((step, out.requires_grad, self.packed - before))
         return out
 
@@ -271,6 +274,15 @@ def flowbp_lagrange(
     return x0, toy.scores(x0).sum()
 
 
+def tune_shortcut(toy: Toy) -> Result:
+    """The few-step model with LoRAs of its own: from each segment's start to the next one's."""
+    first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 5, 8, 10, N]}[toy.kind]
+    x = toy.noise
+    for i, j in itertools.pairwise(first_of):
+        x = toy.jump(x, toy.f("tuned", x, i), i, j)
+    return x, toy.scores(x).sum()
+
+
 DEFINITIONS: dict[str, Callable[..., Result]] = {
     f.__name__: f
     for f in (
@@ -284,6 +296,7 @@ DEFINITIONS: dict[str, Callable[..., Result]] = {
         flowbp_bridge,
         flowbp_lagrange,
         full,
+        tune_shortcut,
     )
 }
 
@@ -309,7 +322,7 @@ def choices_of(method: str, plan: Plan, options: Choices) -> Choices:
     train = trained(plan)
     if method in ("draft_k", "draft_lv"):
         return dict(options)
-    if method == "full":
+    if method in ("full", "tune_shortcut"):
         return {}
     if method == "alignprop":
         return {"length": N - train[0]}
@@ -361,6 +374,7 @@ CASES: list[tuple[str, Choices]] = [
     ("draft_lv", {}),
     ("draft_lv", {"copies": 3}),
     ("full", {}),
+    ("tune_shortcut", {}),
     ("alignprop", {}),
     ("alignprop", {"shortest": 0.5, "longest": 1.0}),
     ("refl", {}),
@@ -657,6 +671,7 @@ def test_only_shortfts_stated_calls_keep_a_graph(given: Choices, stage: int):
         ("draft_k", N, 1),
         ("draft_lv", N + 2, 3),
         ("full", N, N),
+        ("tune_shortcut", K, K),
         ("leapalign", 2, 2),
         ("flowbp_sparse", 3, 3),
         ("flowbp_bridge", 4, 4),

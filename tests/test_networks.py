@@ -39,6 +39,10 @@ def call(nets: ModelNetworks, module: torch.nn.Module, timestep: int = 501) -> t
     return out
 
 
+def policy(nets: ModelNetworks, count: int, *, trains: bool = True) -> torch.nn.Module:
+    return nets.module(Step(0, 1, "policy", count, trains=trains))
+
+
 def test_views_hold_no_copy_of_the_base(nets: ModelNetworks):
     base = {p.data_ptr() for p in nets.base.parameters()}
     for step in (Step(0, 1, "shortcut"), *(Step(0, 1, "policy", n) for n in (1, 2, 3, 4))):
@@ -58,9 +62,29 @@ def test_stacked_layers_equal_peft(nets: ModelNetworks, count: int):
     activate(reference, dict.fromkeys(names, 1.0))
     with torch.no_grad():
         expected = call(nets, reference)
-        torch.testing.assert_close(call(nets, nets._policies[count]), expected)
-        torch.testing.assert_close(call(nets, nets._frozen[count]), expected)
+        torch.testing.assert_close(call(nets, policy(nets, count)), expected)
+        torch.testing.assert_close(call(nets, policy(nets, count, trains=False)), expected)
         assert (expected - call(nets, nets.base)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_loras_on_the_shortcut_equal_peft_with_both(
+    nets: ModelNetworks, shortcut: Path, merge: bool
+):
+    both = ModelNetworks(
+        nets.family, guidance=Guidance(), loras=1, rank=2, shortcut=shortcut, merge=merge
+    )
+    randomise_loras(both)
+    reference = view(both._loras)
+    nets.family.load_lora(reference, shortcut, SHORTCUT)
+    activate(reference, {SHORTCUT: 1.0, lora_name(1): 1.0})
+    with torch.no_grad():
+        expected = call(both, reference)
+        for trains in (True, False):
+            module = both.module(Step(0, 1, "shortcut", 1, trains=trains))
+            torch.testing.assert_close(call(both, module), expected, atol=1e-5, rtol=1e-5)
+        for other in (both.base, policy(both, 1), both.module(Step(0, 1, "shortcut"))):
+            assert (expected - call(both, other)).abs().max() > 1e-3
 
 
 def test_strength_scales_the_loras(nets: ModelNetworks):
@@ -69,16 +93,16 @@ def test_strength_scales_the_loras(nets: ModelNetworks):
     try:
         with torch.no_grad():
             nets.set_strength(0.3)
-            torch.testing.assert_close(call(nets, nets._policies[2]), call(nets, reference))
+            torch.testing.assert_close(call(nets, policy(nets, 2)), call(nets, reference))
             nets.set_strength(0.0)
-            torch.testing.assert_close(call(nets, nets._policies[2]), call(nets, nets.base))
+            torch.testing.assert_close(call(nets, policy(nets, 2)), call(nets, nets.base))
     finally:
         nets.set_strength(1.0)
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks, merged: bool):
-    module = stacked_view(nets._loras, [lora_name(1)], frozen=True, merged=merged)
+    module = stacked_view(nets.base, nets._loras, [lora_name(1)], frozen=True, merged=merged)
     x = nets.family.noise([1]).requires_grad_()
     cond = nets.family.encode(["red apple"])
     module(x, 501, cond.positive, return_dict=False)[0].sum().backward()
@@ -89,8 +113,8 @@ def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks, me
 
 def test_merged_loras_follow_every_change(nets: ModelNetworks):
     names = [lora_name(1), lora_name(2)]
-    branches = stacked_view(nets._loras, names, frozen=True)
-    merged = stacked_view(nets._loras, names, frozen=True, merged=True)
+    branches = stacked_view(nets.base, nets._loras, names, frozen=True)
+    merged = stacked_view(nets.base, nets._loras, names, frozen=True, merged=True)
     parameters = list(nets.parameters_of(2).values())
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1)
@@ -132,7 +156,7 @@ def test_new_loras_change_nothing_and_are_seeded():
         ModelNetworks(family, guidance=Guidance(), loras=2, rank=2, seed=seed) for seed in (7, 7, 8)
     )
     with torch.no_grad():
-        torch.testing.assert_close(call(first, first._policies[2]), call(first, first.base))
+        torch.testing.assert_close(call(first, policy(first, 2)), call(first, first.base))
     a, b, c = (next(iter(nets.parameters_of(2).values())) for nets in (first, second, other))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)

@@ -94,7 +94,7 @@ def test_plans_that_make_no_sense_are_refused():
         Step(0, 1, "base", adapters=1)
     with pytest.raises(ValueError, match="adapters"):
         Step(0, 1, "policy")
-    with pytest.raises(ValueError, match="trains"):
+    with pytest.raises(ValueError, match="only adapters train"):
         Step(0, 1, "shortcut", trains=True)
     with pytest.raises(ValueError, match="connected"):
         Plan((Step(0, 1, "base"), Step(2, 3, "base")))

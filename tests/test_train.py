@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shortft.adapter import load_into
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
+from shortft.sampling import generate, load_tuned
+from shortft.seeds import sample_seed
 from shortft.train import train
 from shortft.trainer import MAX_SKIPPED, Trainer, stage_bounds
 
@@ -319,7 +323,7 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(settings):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "shortft"])
-def test_every_method_trains_one_lora_that_acts_everywhere(settings, method: str):
+def test_every_method_trains_one_lora_that_acts_at_every_step(settings, method: str):
     config = Config(**{**settings, "method": method, "updates": 2, "sample_every": 0})
     trainer = Trainer(config)
     start = {name: p.detach().clone() for name, p in trainer.nets.parameters_of(1).items()}
@@ -334,10 +338,40 @@ def test_every_method_trains_one_lora_that_acts_everywhere(settings, method: str
     now = trainer.family.denoiser.parameters()
     assert all(torch.equal(a, b) for a, b in zip(base, now, strict=True))
     info = json.loads((trainer.save_adapter() / "adapter.json").read_text())
-    assert (info["loras"], info["placement"]) == (1, "everywhere")
-    assert len(info["timesteps"]) == 8
+    few = method == "tune_shortcut"
+    assert (info["loras"], info["placement"]) == (1, "few_step" if few else "everywhere")
+    assert len(info["timesteps"]) == (4 if few else 8)
     # Random plans are functions of (seed, update): the same for a second process or a resume.
     assert trainer.plan(3, 1) == Trainer(config).plan(3, 1)
+
+
+def test_a_tuned_shortcut_is_sampled_by_its_own_chain_or_the_bases(settings):
+    out = settings["output_dir"]
+    config = Config(**{**settings, "method": "tune_shortcut", "sample_every": 0})
+    adapter = train(config)
+    trainer = Trainer(config)
+    load_into(trainer.nets, adapter)
+    prompts, own = trainer.pictures()
+    seeds = [sample_seed(config.seed, 3, i) for i in range(len(prompts))]
+    cond = trainer.family.encode(prompts)
+
+    def drawn(**options: bool) -> tuple[int, torch.Tensor]:
+        nets, schedule, plan = load_tuned(trainer.family, adapter, None, None, **options)
+        return plan.calls, generate(trainer.family, nets, plan, schedule, cond, seeds)
+
+    calls, again = drawn()
+    assert calls == 4
+    torch.testing.assert_close(again, own)
+    calls, plain = drawn(plain_chain=True)
+    assert calls == 8
+    assert (plain - own).abs().max() > 1e-2
+    with pytest.raises(UserError, match="--shortcut none: --method tune_shortcut tunes"):
+        Config(**{**settings, "method": "tune_shortcut", "shortcut": "none"})
+    moved = json.loads((out / "adapter" / "adapter.json").read_text())
+    moved["config"]["shortcut"] = "gone.safetensors"
+    (out / "adapter" / "adapter.json").write_text(json.dumps(moved))
+    with pytest.raises(UserError, match=r"gone.safetensors: no such file"):
+        drawn()
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -377,6 +411,16 @@ def test_pictures_at_equal_parts_of_the_budget_from_other_prompts(settings, tmp_
     log = [json.loads(row) for row in (config.output_dir / "metrics.jsonl").open()]
     seen = [(r["update"], r["at_seconds"] > 0) for r in log if "eval_reward" in r]
     assert seen == [(0, False), (4, True), (8, True)]
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_only_the_wall_clock_counts_waiting(settings, clock: str):
+    trainer = Trainer(Config(**{**settings, "clock": clock, "sample_every": 0}))
+    began = time.process_time()
+    trainer.update(commit=lambda: time.sleep(1))
+    worked = time.process_time() - began
+    assert (trainer.counters.seconds > worked) == (clock == "wall")
+    assert trainer.counters.seconds > 0
 
 
 def test_the_learning_rate_falls_at_the_end(settings):

@@ -96,7 +96,7 @@ def randomise_loras(nets: ModelNetworks, scale: float = 0.1, seed: int = 1) -> N
 
 def to_float64(family: StableDiffusion, nets: ModelNetworks) -> None:
     """Every parameter of the model and its LoRAs, in place, so that views keep sharing them."""
-    modules = [family.denoiser, family.vae, *nets._policies.values(), *nets._frozen.values()]
+    modules = [family.denoiser, family.vae, nets._loras]
     if nets._shortcut is not None:
         modules.append(nets._shortcut)
     for module in modules:

@@ -192,6 +192,13 @@ def evaluate(
     strength: StrengthOption = 1.0,
     precision: PrecisionOption = "fp32",
     batch_size: BatchOption = 16,
+    plain_chain: Annotated[
+        bool,
+        typer.Option(
+            "--plain-chain",
+            help="Run a LoRA of the few-step model (--method tune_shortcut) on the base's chain.",
+        ),
+    ] = False,
 ) -> None:
     """Measure base and tuned model side by side, on the same prompts and noise."""
     if prompts is not None:
@@ -213,6 +220,7 @@ def evaluate(
         strength=strength,
         precision=precision,
         batch_size=batch_size,
+        plain_chain=plain_chain,
     )
 
 
@@ -350,7 +358,10 @@ def export(
 def compare(
     config_file: ConfigFile = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods or variants of them, separated by blanks.")
+        str | None,
+        typer.Option(
+            help="Methods or variants of them, separated by blanks; 'draft_k:k=3' with options."
+        ),
     ] = None,
     rewards: Annotated[str | None, typer.Option(help="Reward specs, separated by blanks.")] = None,
     budget: Annotated[
@@ -376,7 +387,8 @@ def compare(
 
     Start the same command again to continue, or several times at once to share the work.
     """
-    from shortft.compare import compare_command, comparison_from, parse_list
+    from shortft.compare import compare_command
+    from shortft.comparison import comparison_from, parse_list
 
     for one, several in (("method", "--methods"), ("reward", "--rewards"), ("seed", "--seeds")):
         if options.get(one) is not None:

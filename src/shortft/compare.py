@@ -16,78 +16,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortft.assets import prompts_for
-from shortft.config import Config, load_config, option_name, to_yaml
+from shortft.comparison import Comparison
+from shortft.config import Config, load_config, to_yaml
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
-from shortft.methods.catalog import variant_settings
+from shortft.methods.catalog import METHODS, variant_settings
+
+if TYPE_CHECKING:
+    from shortft.evaluate import Pictures
 
 SEARCH_SEED = 1000
 RESULT, CLAIM, LOG = "result.json", ".claim", "train.log"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        methods: names of methods or of variants of them.
-        rewards: reward specs.
-        seeds: training seeds 0 … seeds - 1.
-        minutes: training time of every run; sampling, evaluation and loading are not counted.
-        search: learning rates tried for every method and reward; one alone is taken untried.
-        search_minutes: training time of every trial.
-        looks: evaluations on the way, for the curves.
-        num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
-    """
-
-    methods: tuple[str, ...]
-    rewards: tuple[str, ...]
-    seeds: int = 3
-    minutes: float = 3.5
-    search: tuple[float, ...] = ()
-    search_minutes: float = 1.0
-    looks: int = 6
-    num_prompts: int = 48
-    noises: int = 2
-
-    def cost_minutes(self) -> float:
-        """Training minutes in all, without evaluation."""
-        pairs = len(self.methods) * len(self.rewards)
-        trials = len(self.search) if len(self.search) > 1 else 0
-        return pairs * (self.seeds * self.minutes + trials * self.search_minutes)
-
-
-BUDGETS = {
-    "laptop": Comparison(
-        ("shortft", "draft_k", "drtune", "alignprop"),
-        ("clip:1,symmetry:2",),
-        seeds=2,
-        minutes=2.0,
-        looks=4,
-        num_prompts=24,
-    ),
-    "full": Comparison(
-        (
-            "shortft",
-            "draft_k",
-            "draft_lv",
-            "alignprop",
-            "drtune",
-            "refl",
-            "leapalign",
-            "flowbp_sparse",
-            "flowbp_bridge",
-            "flowbp_lagrange",
-            "full",
-        ),
-        ("clip", "clip:1,symmetry:2", "clip:1,compressibility:0.1"),
-        search=(5e-4, 1.5e-3, 4.5e-3),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +113,8 @@ class Workshop:
                 for method in spec.methods:
                     rate = self.learning_rate(reward, method)
                     if rate is not None:
-                        folder = self.root / "runs" / slug(reward) / method / f"seed-{seed}"
+                        place = self.root / "runs" / slug(reward) / slug(method)
+                        folder = place / f"seed-{seed}"
                         yield Job(folder, reward, method, seed, rate, spec.minutes, search=False)
 
     def trials(self) -> Iterator[Job]:
@@ -181,7 +125,8 @@ class Workshop:
         for reward in spec.rewards:
             for method in spec.methods:
                 for rate in spec.search:
-                    folder = self.root / "search" / slug(reward) / method / f"lr-{rate:g}"
+                    place = self.root / "search" / slug(reward) / slug(method)
+                    folder = place / f"lr-{rate:g}"
                     minutes = spec.search_minutes
                     yield Job(folder, reward, method, SEARCH_SEED, rate, minutes, search=True)
 
@@ -330,7 +275,7 @@ def read_result(job: Job) -> dict[str, Any]:
 
 
 def slug(spec: str) -> str:
-    """A reward spec as a folder name."""
+    """A reward or a method with options as a folder name."""
     return spec.replace(":", "-").replace(",", "_")
 
 
@@ -369,16 +314,23 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
                 guidance_scale=config.guidance_scale,
                 seed=seed,
             )
-        figures, pictures = evaluate(
-            family,
-            job.folder / "adapter",
-            make_reward(job.reward, config.reward_model, family.device),
-            prompts,
-            seeds=spec.noises,
-            num_steps=config.num_steps,
-            seed=seed,
-            before=before[job.search],
-        )
+
+        def measured(*, plain_chain: bool) -> tuple[dict[str, Any], Pictures]:
+            return evaluate(
+                family,
+                job.folder / "adapter",
+                make_reward(job.reward, config.reward_model, family.device),
+                prompts,
+                seeds=spec.noises,
+                num_steps=config.num_steps,
+                seed=seed,
+                before=before[job.search],
+                plain_chain=plain_chain,
+            )
+
+        figures, pictures = measured(plain_chain=False)
+        if METHODS[config.method].few_step and not job.search:
+            figures["plain_chain"] = measured(plain_chain=True)[0]
         rows = read_metrics(job.folder / "metrics.jsonl")
         seconds = [row["seconds"] for row in rows.updates]
         if not job.search:
@@ -427,8 +379,8 @@ def compare_command(
         return
     console.print(
         f"{len(comparison.methods)} methods × {len(comparison.rewards)} rewards × "
-        f"{comparison.seeds} seeds: {comparison.cost_minutes():.0f} minutes of training in all, "
-        "loading and evaluation come on top",
+        f"{comparison.seeds} seeds: {comparison.runs()} runs, {comparison.cost_minutes():.0f} "
+        "minutes of training in all; loading and evaluation come on top",
         highlight=False,
     )
     run_all(
@@ -438,41 +390,3 @@ def compare_command(
     )
     for path in write_report(workshop):
         console.print(str(path), markup=False, highlight=False)
-
-
-def parse_list(option: str, text: str) -> tuple[str, ...]:
-    """'a b' or 'a' as parts; rewards hold commas, so that blanks or semicolons separate.
-
-    Raises:
-        UserError: if there is none, or one twice.
-    """
-    parts = tuple(text.replace(";", " ").split())
-    if not parts or len(set(parts)) < len(parts):
-        raise UserError(f"{option} {text!r}: give different names, separated by blanks")
-    return parts
-
-
-def comparison_from(budget: str, **given: Any) -> Comparison:
-    """A budget's comparison with what the user gave on top.
-
-    Raises:
-        UserError: for an unknown budget or a value out of range.
-    """
-    if budget not in BUDGETS:
-        raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
-    values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
-    try:
-        values["search"] = tuple(float(rate) for rate in values["search"])
-    except ValueError:
-        raise UserError(f"--search {' '.join(values['search'])}: give learning rates") from None
-    if any(not 0 < rate < float("inf") for rate in values["search"]):
-        raise UserError(f"--search {values['search']}: learning rates lie above 0")
-    for name in ("seeds", "minutes", "search_minutes", "looks", "num_prompts"):
-        if values[name] <= 0:
-            raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
-    if values["noises"] < 2:
-        raise UserError(
-            f"--noises {values['noises']}: diversity compares pictures of one prompt; give 2 or "
-            "more"
-        )
-    return Comparison(**values)

@@ -215,6 +215,11 @@ class Config(BaseModel):
         description="Budget in minutes of training, above 0; none = no such limit. With both "
         f"budgets the first one reached counts; with neither it is {DEFAULT_MINUTES:g} minutes.",
     )
+    clock: Literal["wall", "cpu"] = Field(
+        "wall",
+        description="What minutes count: 'wall' time, or the 'cpu' time of all threads of the run, "
+        "for equal budgets on a busy machine.",
+    )
     stage_shares: tuple[float, ...] | None = Field(
         None,
         description="Share of the budget for each stage: one number per segment, adding up to 1, "
@@ -356,6 +361,11 @@ class Config(BaseModel):
             )
         reward_places({name for name, _ in parse_reward_spec(self.reward)}, self.reward_model)
         self._check_stage_shares()
+        if METHODS[self.method].few_step and self.shortcut == "none":
+            raise UserError(
+                f"--shortcut none: --method {self.method} tunes the few-step model; name its LoRA, "
+                "or 'plain' for the base itself in as many steps"
+            )
         object.__setattr__(self, "method_options", read_options(self.method, self.method_options))
         return self
 

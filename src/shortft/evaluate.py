@@ -57,6 +57,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     before: Tensor | None = None,
+    plain_chain: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Pictures]:
     """Measure an adapter.
@@ -65,12 +66,15 @@ def evaluate(
         seeds: noises per prompt, at least 2 (diversity compares pictures of one prompt).
         seed: of the noise; noise j of prompt i is the same for base and tuned.
         before: the base's pictures from `base_pictures`, where they were made already.
+        plain_chain: run a LoRA of the few-step model on the base's chain.
 
     Returns:
         The figures, each with 95 % bootstrap intervals over prompts, and the pictures.
     """
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
-    nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
+    nets, schedule, plan = load_tuned(
+        family, adapter, num_steps, guidance_scale, strength, plain_chain=plain_chain
+    )
     if before is None:
         progress("base")
         before = base_pictures(
@@ -188,6 +192,7 @@ def evaluate_command(
     strength: float,
     precision: str,
     batch_size: int,
+    plain_chain: bool,
     pipeline: str | None = None,
 ) -> None:
     """`shortft evaluate`: print the table, write evaluation.json and before_after.png."""
@@ -217,6 +222,7 @@ def evaluate_command(
             guidance_scale=guidance_scale,
             strength=strength,
             batch_size=batch_size,
+            plain_chain=plain_chain,
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )
     output_dir.mkdir(parents=True, exist_ok=True)

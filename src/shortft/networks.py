@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,11 @@ def lora_state(module: nn.Module, name: str) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(module, adapter_name=name))
 
 
-def replace_lora_layers(module: nn.Module, make: Callable[[LoraLayer], nn.Module]) -> nn.Module:
-    """A view of the module in which every peft layer is replaced by make(layer)."""
-    replaced = view(module)
-    for parent in list(replaced.modules()):
-        for key, layer in list(parent.named_children()):
-            if isinstance(layer, LoraLayer):
-                setattr(parent, key, make(layer))
-    return replaced
-
-
 def fold(module: nn.Module, name: str) -> nn.Module:
     """A view with an adapter folded into new weights of the layers it touches."""
 
     def folded(layer: LoraLayer) -> nn.Module:
-        plain = layer.get_base_layer()
+        plain: Any = layer.get_base_layer()
         if name not in layer.lora_A:
             return plain
         weight = plain.weight.float() + layer.get_delta_weight(name).float()
@@ -122,27 +112,45 @@ def fold(module: nn.Module, name: str) -> nn.Module:
         clone._parameters = {**plain._parameters, "weight": new}
         return clone
 
-    return replace_lora_layers(module, folded)
+    whole = view(module)
+    for path, layer in list(whole.named_modules()):
+        if isinstance(layer, LoraLayer):
+            whole.set_submodule(path, folded(layer))
+    return whole
 
 
 def stacked_view(
-    module: nn.Module, names: Sequence[str], *, frozen: bool, merged: bool = False
+    module: nn.Module,
+    loras: nn.Module,
+    names: Sequence[str],
+    *,
+    frozen: bool,
+    merged: bool = False,
 ) -> nn.Module:
-    """A view with the named LoRAs active in `StackedLinear` or `MergedLinear` layers."""
+    """A view of a module with named LoRAs active in `StackedLinear` or `MergedLinear` layers.
 
-    def stacked(layer: LoraLayer) -> nn.Module:
-        down = [layer.lora_A[name].weight for name in names]
-        up = [layer.lora_B[name].weight for name in names]
-        if merged:
-            plain: Any = layer.get_base_layer()
-            return MergedLinear(plain, down, up)
-        return StackedLinear(layer.get_base_layer(), down, up, frozen=frozen)
-
-    return replace_lora_layers(module, stacked)
+    Args:
+        loras: the same tree with peft layers, which hold the LoRAs.
+        frozen: keep gradient from the LoRAs.
+        merged: fold them into the layers, which must be plain ones.
+    """
+    stacked = view(module)
+    for path, layer in loras.named_modules():
+        if isinstance(layer, LoraLayer):
+            under: Any = stacked.get_submodule(path)
+            down = [layer.lora_A[name].weight for name in names]
+            up = [layer.lora_B[name].weight for name in names]
+            new = (
+                MergedLinear(under, down, up)
+                if merged
+                else StackedLinear(under, down, up, frozen=frozen)
+            )
+            stacked.set_submodule(path, new)
+    return stacked
 
 
 class ModelNetworks:
-    """The three networks of ShortFT on one frozen denoiser.
+    """The networks of every plan on one frozen denoiser: base, shortcut, and LoRAs on either.
 
     Args:
         family: the model.
@@ -186,8 +194,9 @@ class ModelNetworks:
                 self._shortcut.requires_grad_(False)
             if merge:
                 self._shortcut = fold(self._shortcut, SHORTCUT)
-        self._policies: dict[int, nn.Module] = {}
-        self._frozen: dict[int, nn.Module] = {}
+        self._merge = merge
+        self._strength = 1.0
+        self._tuned: dict[tuple[str, int, bool], nn.Module] = {}  # views made so far, with LoRAs
         if loras:
             generator = torch.Generator().manual_seed(seed)
             full = view(self.base)
@@ -200,10 +209,6 @@ class ModelNetworks:
                     generator=generator,
                 )
             self._loras = full.to(family.device)
-            for number in range(1, loras + 1):
-                names = [lora_name(i) for i in range(1, number + 1)]
-                self._policies[number] = stacked_view(full, names, frozen=False)
-                self._frozen[number] = stacked_view(full, names, frozen=True, merged=merge)
             self.train_only(range(1, loras + 1))
 
     def train_only(self, numbers: Sequence[int]) -> list[nn.Parameter]:
@@ -227,24 +232,35 @@ class ModelNetworks:
 
     def set_strength(self, strength: float) -> None:
         """Scale all reward LoRAs."""
-        for policy in (*self._policies.values(), *self._frozen.values()):
-            for layer in policy.modules():
-                if isinstance(layer, (StackedLinear, MergedLinear)):
-                    layer.strength = strength
+        self._strength = strength
+        for tuned in self._tuned.values():
+            _set_strength(tuned, strength)
 
     def module(self, step: Step) -> nn.Module:
         """The module that a step runs."""
-        if step.net == "base":
-            return self.base
-        if step.net == "shortcut":
-            if self._shortcut is None:
-                raise ValueError("the plan runs a shortcut, but none was loaded")
-            return self._shortcut
-        if step.adapters not in self._policies:
+        under = self._shortcut if step.net == "shortcut" else self.base
+        if under is None:
+            raise ValueError("the plan runs a shortcut, but none was loaded")
+        if not step.adapters:
+            return under
+        if step.adapters > self.loras:
             raise ValueError(f"the plan stacks {step.adapters} LoRAs, there are {self.loras}")
-        return (self._policies if step.trains else self._frozen)[step.adapters]
+        key = step.net, step.adapters, step.trains
+        if key not in self._tuned:
+            names = [lora_name(number) for number in range(1, step.adapters + 1)]
+            merged = self._merge and not step.trains
+            made = stacked_view(under, self._loras, names, frozen=not step.trains, merged=merged)
+            _set_strength(made, self._strength)
+            self._tuned[key] = made
+        return self._tuned[key]
 
     def predict(self, step: Step, latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
         """The guided prediction of a step's network."""
         g = self.shortcut_guidance if step.net == "shortcut" else self.guidance
         return self.family.predict(self.module(step), latents, timestep, cond, g)
+
+
+def _set_strength(module: nn.Module, strength: float) -> None:
+    for layer in module.modules():
+        if isinstance(layer, (StackedLinear, MergedLinear)):
+            layer.strength = strength

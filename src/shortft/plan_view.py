@@ -130,8 +130,9 @@ def show_plan(config: Config, png: Path | None = None) -> None:
         trainer = Trainer(config.model_copy(update={"tensorboard": False}))
         cost = measure_cost(trainer)
     times = trainer.schedule.timesteps.tolist()
-    by_segment = METHODS[config.method].by_segment
-    parts = segments(trainer.schedule, config.segments) if by_segment else ()
+    method = METHODS[config.method]
+    by_segment = method.by_segment
+    parts = segments(trainer.schedule, config.segments) if by_segment or method.few_step else ()
     splits = config.accumulation
     stages, notes = [], []
     for number in range(1, trainer.stages + 1):

@@ -10,7 +10,7 @@ from typing import Literal
 from shortft.schedule import Schedule, segments
 
 Net = Literal["base", "shortcut", "policy", "cached"]
-Placement = Literal["stacked", "shared", "everywhere"]
+Placement = Literal["stacked", "shared", "everywhere", "few_step"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Step:
         stop: schedule point to which its prediction leads; larger than start.
         net: which network is called. "cached" calls none: it takes the rollout's value at `stop`,
             and gradient passes along the straight path only.
-        adapters: how many stacked reward LoRAs are active; for "policy" only.
+        adapters: how many stacked reward LoRAs are active: on the base ("policy"), or on the
+            shortcut.
         trains: whether the LoRA parameters receive gradient from this call.
         input_grad: how much gradient passes through the network's input: 1 all, 0 detached.
             The straight path around the network always carries it.
@@ -45,10 +46,12 @@ class Step:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a step goes forward, got {self.start} → {self.stop}")
-        if (self.net == "policy") != (self.adapters > 0):
-            raise ValueError(f"the policy and only it has adapters, got {self}")
-        if self.trains and self.net != "policy":
-            raise ValueError(f"only the policy trains, got {self}")
+        if (self.net == "policy" and not self.adapters) or (
+            self.net in ("base", "cached") and self.adapters
+        ):
+            raise ValueError(f"the policy has adapters, base and cached have none, got {self}")
+        if self.trains and not self.adapters:
+            raise ValueError(f"only adapters train, got {self}")
         if self.net == "cached" and not self.pin:
             raise ValueError(f"a cached step takes the rollout's value: pin it, got {self}")
 
@@ -116,12 +119,13 @@ def adapters_at(
 
     stacked: ShortFT's; at the last timestep of segment i LoRAs 1…i, in the first segment LoRA 1
     at every timestep, elsewhere none. shared: one LoRA at the same places (the paper's ablation
-    "w/o T-LoRA"). everywhere: one LoRA at every timestep, as in ordinary fine-tuning.
+    "w/o T-LoRA"). everywhere: one LoRA at every timestep, as in ordinary fine-tuning. few_step:
+    one LoRA at every timestep of the few-step model.
 
     Returns:
         N counts, one per timestep.
     """
-    if placement == "everywhere":
+    if placement in ("everywhere", "few_step"):
         return (1,) * sum(map(len, parts))
     counts = [0] * sum(map(len, parts))
     for number, part in enumerate(parts, start=1):
@@ -132,8 +136,17 @@ def adapters_at(
 
 
 def inference_plan(schedule: Schedule, k: int, placement: Placement = "stacked") -> Plan:
-    """The true chain with the LoRAs switched on at their timesteps, without gradient."""
-    counts = adapters_at(segments(schedule, k), placement)
+    """The true chain with the LoRAs switched on at their timesteps, without gradient.
+
+    For "few_step" the few-step model's own: one jump per segment, with its LoRA at each.
+    """
+    parts = segments(schedule, k)
+    if placement == "few_step":
+        starts = [part[0] for part in parts]
+        stops = [*starts[1:], schedule.num_steps]
+        pairs = zip(starts, stops, strict=True)
+        return Plan(tuple(Step(i, j, "shortcut", adapters=1) for i, j in pairs))
+    counts = adapters_at(parts, placement)
     return Plan(
         tuple(
             Step(i, i + 1, "policy" if count else "base", adapters=count)

@@ -14,6 +14,7 @@ from shortft.families.base import Conditioning, Family, Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import Plan, base_plan, inference_plan
 from shortft.schedule import Schedule, segments
+from shortft.shortcuts import Shortcut, find_shortcut
 
 
 @torch.no_grad()
@@ -55,10 +56,15 @@ def load_tuned(
     num_steps: int | None,
     guidance_scale: float | None,
     strength: float = 1.0,
+    *,
+    plain_chain: bool = False,
 ) -> tuple[ModelNetworks, Schedule, Plan]:
     """Networks, schedule and inference plan of a model with an adapter, or of the base alone.
 
     Without a number of steps the adapter's own, for the base alone 50; likewise its guidance.
+
+    Args:
+        plain_chain: run a LoRA of the few-step model on the base's chain, at every timestep.
     """
     if adapter is None:
         schedule = family.schedule(num_steps or 50)
@@ -68,11 +74,25 @@ def load_tuned(
     schedule = family.schedule(num_steps or info.num_steps)
     check_segments(schedule, info.segments)
     scale = info.guidance_scale if guidance_scale is None else guidance_scale
-    nets = ModelNetworks(family, guidance=Guidance(scale), loras=info.loras, rank=info.rank)
+    placement, own, shortcut = info.placement, info.config, Shortcut(None)
+    if placement == "few_step" and plain_chain:
+        placement = "everywhere"
+    if placement == "few_step":
+        shortcut = find_shortcut(own["model"], own["shortcut"], info.segments)
+    nets = ModelNetworks(
+        family,
+        guidance=Guidance(scale),
+        shortcut_guidance=Guidance(own.get("shortcut_guidance_scale") or shortcut.guidance_scale),
+        loras=info.loras,
+        rank=info.rank,
+        shortcut=shortcut.path,
+        shortcut_scale=own.get("shortcut_scale") or shortcut.scale,
+        plain_jumps=placement == "few_step" and own["shortcut"] == "plain",
+    )
     load_into(nets, adapter)
     nets.train_only([])
     nets.set_strength(strength)
-    plan = inference_plan(schedule, info.segments, info.placement)
+    plan = inference_plan(schedule, info.segments, placement)
     return nets, schedule, plan
 
 

@@ -35,14 +35,15 @@ from shortft.shortcuts import Shortcut, find_shortcut
 from shortft.step import Batch, Outcome, train_step
 
 MAX_SKIPPED = 10
+CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 NOISE, PROMPTS, PICTURES, PLAN = 1, 2, 3, 6  # places in the seed's name space
 
 
 @dataclass
 class Counters:
-    """Where a run stands: updates done, seconds of training, skipped in a row, stage, and whether
-    the pictures of this update are still to be drawn.
+    """Where a run stands: updates done, seconds of training by the run's clock, skipped in a row,
+    stage, and whether the pictures of this update are still to be drawn.
     """
 
     update: int = 0
@@ -75,9 +76,9 @@ class Trainer:
         self.prompts = training_prompts(config)
         shown = config.sample_from
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
-        by_segment = METHODS[config.method].by_segment
+        method = METHODS[config.method]
         self.shortcut = shortcut = Shortcut(None)
-        if by_segment:
+        if method.by_segment or method.few_step:
             self.shortcut = shortcut = find_shortcut(config.model, config.shortcut, config.segments)
         digest = hashlib.sha256("\n".join(self.prompts).encode())
         digest.update(shortcut.path.read_bytes() if shortcut.path else b"")
@@ -97,7 +98,7 @@ class Trainer:
         check_segments(self.schedule, config.segments)
         self.placement = placement_of(config.method, timestep_lora=config.timestep_lora)
         self.inference = inference_plan(self.schedule, config.segments, self.placement)
-        self.stages = config.segments if by_segment else 1
+        self.stages = config.segments if method.by_segment else 1
         for stage in range(1, self.stages + 1):
             if not self.plan(0, stage).grad_calls:
                 raise UserError(f"--method {config.method}: no step of its plan carries gradient")
@@ -225,7 +226,8 @@ class Trainer:
             UserError: if memory ran out and the batch cannot be split further, a reward
                 misbehaves, or too many updates in a row were skipped.
         """
-        began = time.monotonic()
+        clock = CLOCKS[self.config.clock]
+        began = clock()
         stage = self.stage()
         plan = self.plan(self.counters.update, stage)
         self.nets.train_only(plan.trainable)
@@ -261,8 +263,8 @@ class Trainer:
         counters = self.counters
         counters.update += 1
         # Stages may depend on the clock: all processes follow the first one's.
-        clock = [counters.seconds + time.monotonic() - began]
-        counters.seconds = float(broadcast_object_list(clock)[0])
+        seconds = [counters.seconds + clock() - began]
+        counters.seconds = float(broadcast_object_list(seconds)[0])
         counters.skipped = counters.skipped + 1 if outcome.skipped else 0
         return stage, outcome
 

@@ -95,7 +95,7 @@ def legend_text(pinned: bool = False, cached: bool = False) -> RenderableType:
 
 
 def _glyph(step: StepLike) -> tuple[str, str]:
-    if step.net == "shortcut":
+    if step.net == "shortcut" and not step.adapters:
         return PINNED if step.pin else JUMP, STYLE["shortcut"]
     if step.net in ("base", "cached"):
         return BASE if step.net == "base" else CACHED, STYLE["base"]

@@ -18,9 +18,8 @@ __all__ = ["METHODS", "Method", "Option", "make_plan", "placement_of", "read_opt
 
 def placement_of(method: str, *, timestep_lora: bool = True) -> Placement:
     """Where a method's LoRAs act at inference."""
-    if not METHODS[method].by_segment:
-        return "everywhere"
-    return "stacked" if timestep_lora else "shared"
+    placement = METHODS[method].placement
+    return "shared" if placement == "stacked" and not timestep_lora else placement
 
 
 def make_plan(
@@ -37,7 +36,7 @@ def make_plan(
     """The plan of one update.
 
     Args:
-        k: segments, for methods that work by segment; the others ignore it and the stage.
+        k: segments, for methods with jumps; the others ignore it. Only shortft has stages.
         draw: source of the method's random choices.
         options: all of the method's options, see `read_options`.
         timestep_lora: one LoRA per segment, or one shared LoRA.
@@ -47,13 +46,15 @@ def make_plan(
         ValueError: if the options do not fit the schedule.
     """
     from shortft.methods import suffix, surrogate
-    from shortft.methods.shortft import shortft_plan
+    from shortft.methods.shortft import few_step_plan, shortft_plan
 
     if METHODS[method].by_segment:
         values = dict(options)
         if values["jump"] == "auto":
             values["jump"] = "shortcut" if shortcut else "ddim"
         return shortft_plan(schedule, k, stage, timestep_lora=timestep_lora, **values)
+    if METHODS[method].few_step:
+        return few_step_plan(schedule, k)
     make = getattr(suffix, method, None) or getattr(surrogate, method)
     plan: Plan = make(schedule, draw, **options)
     return plan

@@ -8,8 +8,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from shortft.errors import UserError
+
+if TYPE_CHECKING:
+    from shortft.plans import Placement
 
 Value = bool | int | float | str
 
@@ -40,14 +44,23 @@ class Method:
         about: one line.
         source: the paper or code that defines it.
         options: its hyper-parameters.
-        by_segment: LoRAs sit at ShortFT's timesteps and training goes in stages; otherwise one
-            LoRA acts at every timestep, as in ordinary fine-tuning.
+        placement: where its LoRAs act at inference, see `plans.adapters_at`.
     """
 
     about: str
     source: str
     options: Mapping[str, Option] = field(default_factory=dict)
-    by_segment: bool = False
+    placement: Placement = "everywhere"
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether LoRAs sit at ShortFT's timesteps and training goes in stages."""
+        return self.placement == "stacked"
+
+    @property
+    def few_step(self) -> bool:
+        """Whether the few-step model is tuned, and run, instead of the base."""
+        return self.placement == "few_step"
 
 
 SHORTFT = "Guo et al., ICCV 2025, arXiv 2507.22604"
@@ -76,7 +89,12 @@ METHODS: dict[str, Method] = {
                 False, "stage 1 jumps over segment 1 too, so that the chain has 2k calls (ours)"
             ),
         },
-        by_segment=True,
+        placement="stacked",
+    ),
+    "tune_shortcut": Method(
+        "the few-step model itself is tuned and run: one jump per segment, gradient through all",
+        f"{SHORTFT}, Table 2",
+        placement="few_step",
     ),
     "draft_k": Method(
         "gradient through the last K steps",
@@ -171,16 +189,20 @@ VARIANTS: dict[str, dict[str, object]] = {
 def variant_settings(name: str, segments: int) -> dict[str, object]:
     """The settings of a method or a named variant of one; "first" stands for stage 1 alone.
 
+    Args:
+        name: may carry options of the method: ``draft_k:k=3,…``.
+
     Raises:
         UserError: if there is none of that name.
     """
-    if name in METHODS:
-        return {"method": name}
-    if name not in VARIANTS:
+    name, _, options = name.partition(":")
+    if name not in METHODS and name not in VARIANTS:
         near = difflib.get_close_matches(name, [*METHODS, *VARIANTS], n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "see docs/methods.md"
         raise UserError(f"--methods {name}: unknown; {remedy}")
-    settings = {"method": "shortft", **VARIANTS[name]}
+    settings: dict[str, object] = {"method": "shortft", **VARIANTS.get(name, {"method": name})}
+    if options:
+        settings["method_options"] = options
     if settings.get("stage_shares") == "first":
         settings["stage_shares"] = [1.0] + [0.0] * (segments - 1)
     return settings

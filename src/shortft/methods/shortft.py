@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from shortft.plans import Placement, Plan, Step, adapters_at
+from dataclasses import replace
+
+from shortft.plans import Placement, Plan, Step, adapters_at, inference_plan
 from shortft.schedule import Schedule, segments
 
 
@@ -56,6 +58,12 @@ def shortft_plan(
             steps.append(Step(last, last + 1, "policy", counts[last], trains=trains))
     trainable = tuple(range(stage, k + 1)) if timestep_lora else (1,)
     return Plan(tuple(steps), trainable)
+
+
+def few_step_plan(schedule: Schedule, k: int) -> Plan:
+    """The few-step model itself is tuned: its own chain, gradient through all k calls (Table 2)."""
+    chain = inference_plan(schedule, k, "few_step")
+    return replace(chain, steps=tuple(replace(s, trains=True) for s in chain.steps), trainable=(1,))
 
 
 def jump_steps(schedule: Schedule, start: int, stop: int, jump: str, *, pin: bool) -> list[Step]:

@@ -1,0 +1,111 @@
+"""What a comparison's results say: gains, ratios to the best rival, ranks, times to reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from shortft.compare import Workshop
+
+Runs = Sequence[dict[str, Any]]
+Results = dict[tuple[str, str], list[dict[str, Any]]]  # by reward and method, one per seed
+PLAIN_CHAIN = " on the plain chain"
+
+
+def collect(workshop: Workshop) -> Results:
+    """Every finished run's result; a tuned shortcut's by the plain chain is a line of its own."""
+    from shortft.compare import read_result
+
+    results: Results = {}
+    for job in workshop.jobs():
+        if job.search or not job.done:
+            continue
+        result = read_result(job)
+        results.setdefault((job.reward, job.method), []).append(result)
+        if "plain_chain" in result:
+            plain = {**result, **result["plain_chain"], "curve": []}
+            results.setdefault((job.reward, job.method + PLAIN_CHAIN), []).append(plain)
+    return results
+
+
+def gain(result: dict[str, Any]) -> float:
+    """How much the reward on held-out prompts rose."""
+    return float(result["reward"]["after"] - result["reward"]["before"])
+
+
+def median_gain(runs: Runs) -> float:
+    return median(map(gain, runs))
+
+
+def is_rival(method: str) -> bool:
+    """Everything that is not ShortFT or an ablation of it."""
+    return not method.startswith("shortft")
+
+
+def by_gain(results: Results, reward: str) -> list[str]:
+    """The methods that ran for a reward, the largest median gain first: a method's rank."""
+    methods = [method for r, method in results if r == reward]
+    return sorted(methods, key=lambda method: -median_gain(results[reward, method]))
+
+
+def best_rival(results: Results, reward: str) -> tuple[str, Runs] | None:
+    """The rival with the largest median gain."""
+    for method in by_gain(results, reward):
+        if is_rival(method):
+            return method, results[reward, method]
+    return None
+
+
+def gain_ratio(results: Results, reward: str, method: str) -> float | None:
+    """Median gain over the best rival's; None without a rival that gained anything."""
+    rival = best_rival(results, reward)
+    if rival is None or median_gain(rival[1]) <= 0:
+        return None
+    return median_gain(results[reward, method]) / median_gain(rival[1])
+
+
+def mean_gain_ratio(results: Results, rewards: Sequence[str], method: str) -> float | None:
+    """The mean over all rewards; None if the method did not run for one of them, or no rival."""
+    if any((reward, method) not in results for reward in rewards):
+        return None
+    ratios = [gain_ratio(results, reward, method) for reward in rewards]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return mean(known) if len(known) == len(ratios) else None
+
+
+def curve(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of training and the median over seeds of the reward on the way.
+
+    Seeds are brought onto the first one's times by linear interpolation.
+    """
+    times = np.array([point[0] for point in runs[0]["curve"]])
+    values = [
+        np.interp(times, [p[0] for p in run["curve"]], [p[1] for p in run["curve"]]) for run in runs
+    ]
+    return times, np.median(values, axis=0)
+
+
+def final_reward_of_best_rival(results: Results, reward: str) -> float | None:
+    """Where the curve of the best rival ends; a rival without a curve is passed over."""
+    for method in by_gain(results, reward):
+        if is_rival(method) and results[reward, method][0]["curve"]:
+            return float(curve(results[reward, method])[1][-1])
+    return None
+
+
+def seconds_to_reach(runs: Runs, level: float) -> float | None:
+    """When the median curve first is at a level, by linear interpolation; None if never."""
+    if not runs[0]["curve"]:
+        return None
+    times, values = curve(runs)
+    for i, value in enumerate(values):
+        if value >= level:
+            if i == 0:
+                return float(times[0])
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return float(times[i - 1] + share * (times[i] - times[i - 1]))
+    return None

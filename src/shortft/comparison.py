@@ -1,0 +1,128 @@
+"""What `shortft compare` compares: methods, rewards, seeds, and how long; two budgets of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shortft.config import option_name
+from shortft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        methods: names of methods or of variants of them, or with options: ``draft_k:k=3``.
+        rewards: reward specs.
+        seeds: training seeds 0 … seeds - 1.
+        minutes: training time of every run; sampling, evaluation and loading are not counted.
+        search: learning rates tried for every method and reward; one alone is taken untried.
+        search_minutes: training time of every trial.
+        looks: evaluations on the way, for the curves.
+        num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
+    """
+
+    methods: tuple[str, ...]
+    rewards: tuple[str, ...]
+    seeds: int = 3
+    minutes: float = 3.5
+    search: tuple[float, ...] = ()
+    search_minutes: float = 1.0
+    looks: int = 6
+    num_prompts: int = 48
+    noises: int = 2
+
+    def runs(self) -> int:
+        """Training runs in all, trials of learning rates included."""
+        trials = len(self.search) if len(self.search) > 1 else 0
+        return len(self.methods) * len(self.rewards) * (self.seeds + trials)
+
+    def cost_minutes(self) -> float:
+        """Training minutes in all, without evaluation."""
+        pairs = len(self.methods) * len(self.rewards)
+        trials = len(self.search) if len(self.search) > 1 else 0
+        return pairs * (self.seeds * self.minutes + trials * self.search_minutes)
+
+
+BUDGETS = {
+    "laptop": Comparison(
+        ("shortft", "draft_k", "drtune", "alignprop"),
+        ("clip:1,symmetry:8",),
+        seeds=2,
+        minutes=2.0,
+        looks=4,
+        num_prompts=24,
+    ),
+    "full": Comparison(
+        (
+            "shortft",
+            "shortft_shared_lora",
+            "shortft_no_stages",
+            "shortft_pinned",
+            "shortft_first_by_shortcut",
+            "shortft_ddim",
+            "shortft_plain_ddim",
+            "shortft_ddim_2",
+            "shortft_dpm_2",
+            "tune_shortcut",
+            "draft_k",
+            "draft_5",
+            "draft_lv",
+            "alignprop",
+            "drtune",
+            "refl",
+            "leapalign",
+            "flowbp_sparse",
+            "flowbp_bridge",
+            "flowbp_lagrange",
+            "full",
+        ),
+        (
+            "clip",
+            "clip:1,symmetry:8",
+            "clip:1,compressibility:0.5",
+            "clip:1,symmetry:8,compressibility:0.5",
+        ),
+        search=(5e-4, 1.5e-3, 4.5e-3),
+    ),
+}
+
+
+def parse_list(option: str, text: str) -> tuple[str, ...]:
+    """'a b' or 'a' as parts; rewards hold commas, so that blanks or semicolons separate.
+
+    Raises:
+        UserError: if there is none, or one twice.
+    """
+    parts = tuple(text.replace(";", " ").split())
+    if not parts or len(set(parts)) < len(parts):
+        raise UserError(f"{option} {text!r}: give different names, separated by blanks")
+    return parts
+
+
+def comparison_from(budget: str, **given: Any) -> Comparison:
+    """A budget's comparison with what the user gave on top.
+
+    Raises:
+        UserError: for an unknown budget or a value out of range.
+    """
+    if budget not in BUDGETS:
+        raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
+    values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
+    try:
+        values["search"] = tuple(float(rate) for rate in values["search"])
+    except ValueError:
+        raise UserError(f"--search {' '.join(values['search'])}: give learning rates") from None
+    if any(not 0 < rate < float("inf") for rate in values["search"]):
+        raise UserError(f"--search {values['search']}: learning rates lie above 0")
+    for name in ("seeds", "minutes", "search_minutes", "looks", "num_prompts"):
+        if values[name] <= 0:
+            raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
+    if values["noises"] < 2:
+        raise UserError(
+            f"--noises {values['noises']}: diversity compares pictures of one prompt; give 2 or "
+            "more"
+        )
+    return Comparison(**values)
