@@ -1,39 +1,48 @@
 """Why methods differ: each method's gradient beside the gradient of the whole true chain.
 
-    python benchmarks/gradients.py [--reward clip:1,symmetry:2]
+    python benchmarks/gradients.py [--reward clip:1,symmetry:8] [--adapter runs/mine/adapter]
 
-For a batch of prompts and noise it prints, per method:
+For a batch of prompts and noise it writes a table and a chart. Per method:
 
 - cosine: angle between the method's gradient (mean over its random draws) and the gradient of the
-  true chain through every call, over all LoRA weights. ShortFT's is measured against its own
-  inference chain, with its stacked LoRAs; the others against the chain with one LoRA everywhere.
-- single draw: the same for one draw, mean over draws: what an update of that batch sees.
+  true chain through every call, over the weights that the method trains. ShortFT is measured
+  against its own inference chain, with its stacked LoRAs; the others, the tuned shortcut among
+  them, against the chain with one LoRA at every timestep.
+- one draw: the same for one draw, mean over draws: what an update of that batch sees.
 - norm: length of the mean gradient, in units of the true one.
 - gap: mean reward where the method looks, minus the true chain's.
-- norms of the gradient of the reward with respect to the latents, at a few points of the chain.
+- norms of the gradient of the reward with respect to the latents: of one sample, mean over batch
+  and draws, at the first, some middle and the last points that carry gradient; the chart has all.
 
 LoRAs start at the identity, whose B matrices are zero and whose A matrices therefore have no
-gradient yet, so that they are moved by a little noise first (the same for all methods).
+gradient yet. Without --adapter they are moved by a little noise (the same for all methods); with
+it they are trained ones, for the methods whose LoRAs act where the adapter's do. Give it twice to
+have both kinds: one of shortft, one of any other method.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from shortft.adapter import AdapterInfo, load_into, read_info
 from shortft.assets import EMBEDDED, prompts_for
 from shortft.chain import run_chain
+from shortft.drawing.files import write_atomic
+from shortft.drawing.lines import Line, Panel, draw_lines
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
-from shortft.methods import METHODS, make_plan, placement_of, read_options
+from shortft.methods import METHODS, make_plan, read_options
 from shortft.methods.catalog import VARIANTS
 from shortft.networks import ModelNetworks
-from shortft.plans import Plan, inference_plan
+from shortft.plans import Placement, Plan, Step, inference_plan
 from shortft.rewards import make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
@@ -41,51 +50,87 @@ from shortft.seeds import generator, sample_seed
 from shortft.shortcuts import find_shortcut
 from shortft.step import leap_weight, noise_of_copy, states_of
 
-RANDOM = ("alignprop", "drtune", "refl", "leapalign", "flowbp_sparse", "flowbp_bridge")
-SHORTFT = ("shortft", "shortft_pinned", "shortft_ddim", "shortft_plain_ddim", "shortft_dpm_2")
-K, STEPS = 4, 50
+SHORTFT = (
+    "shortft",
+    "shortft_pinned",
+    "shortft_first_by_shortcut",
+    "shortft_ddim",
+    "shortft_plain_ddim",
+    "shortft_dpm_2",
+)
+K, STEPS, RANK = 4, 50, 16
+HEAD = ("method", "cosine", "one draw", "norm", "gap", "‖gradient‖ at the latents of")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one plan gave.
+
+    Attributes:
+        weights: gradient of each LoRA that was trained, flat, by number.
+        reward: mean where the plan looks.
+        latents: by point, the norm of one sample's reward gradient, mean over the batch.
+    """
+
+    weights: Mapping[int, Tensor]
+    reward: float
+    latents: Mapping[int, float]
 
 
 class Bench:
-    """A batch, a model, and the reward."""
+    """A batch, a model, a reward, and LoRAs that are not at the identity."""
 
-    def __init__(self, reward: str, batch: int, noise: float, seed: int) -> None:
+    def __init__(
+        self, reward: str, batch: int, noise: float, seed: int, adapters: Sequence[Path] = ()
+    ) -> None:
         self.family: Family = load_family(EMBEDDED)
         self.schedule: Schedule = self.family.schedule(STEPS)
         self.reward: WeightedSum = make_reward(reward, None, self.family.device)
         listed = prompts_for(EMBEDDED, "train")
         self.prompts = [listed[i * len(listed) // batch] for i in range(batch)]
         self.seeds = [sample_seed(seed, 1, i) for i in range(batch)]
+        self.cond = self.family.encode(self.prompts)
+        self.noise = self.family.noise(self.seeds)
         self.move, self.seed = noise, seed
+        self.adapters: dict[Placement, tuple[Path, AdapterInfo]] = {}
+        for path in adapters:
+            info = read_info(path)
+            self.adapters[info.placement] = path, info
 
-    def networks(self, loras: int, *, plain: bool = False) -> ModelNetworks:
-        """Networks with LoRAs that were moved a little."""
+    def networks(self, placement: Placement, *, plain: bool = False) -> ModelNetworks:
+        """Networks with the adapter for this placement, or with LoRAs moved by noise."""
+        path, info = self.adapters.get(placement, (None, None))
         shortcut = find_shortcut(EMBEDDED, "plain" if plain else "auto", K)
         nets = ModelNetworks(
             self.family,
             guidance=Guidance(self.family.default_guidance_scale),
             shortcut_guidance=Guidance(shortcut.guidance_scale),
-            loras=loras,
-            rank=16,
+            loras=K if placement == "stacked" else 1,
+            rank=info.rank if info else RANK,
             shortcut=shortcut.path,
             merge=not plain,
             plain_jumps=plain,
         )
+        if path is not None:
+            load_into(nets, path)
+            return nets
         draw = generator(self.seed, 2)
         with torch.no_grad():
-            for number in range(1, loras + 1):
+            for number in range(1, nets.loras + 1):
                 for parameter in nets.parameters_of(number).values():
                     parameter.add_(self.move * torch.randn(parameter.shape, generator=draw))
         return nets
 
-    def gradient(
-        self, nets: ModelNetworks, plan: Plan, inference: Plan
-    ) -> tuple[Tensor, float, dict[int, float]]:
-        """The LoRAs' gradient, the mean reward, and ‖d reward / d latents‖ by point."""
-        trained = nets.train_only(plan.trainable)
-        for parameter in trained:
-            parameter.grad = None
-        cond, noise = self.family.encode(self.prompts), self.family.noise(self.seeds)
+    def states(self, nets: ModelNetworks, inference: Plan) -> Tensor:
+        """The true chain's states."""
+        return states_of(inference, nets, self.noise, self.cond, self.schedule)
+
+    def found(self, nets: ModelNetworks, plan: Plan, inference: Plan, states: Tensor) -> Found:
+        """Run a plan, forward and backward; what goes before the gradient is not run again."""
+        nets.train_only(plan.trainable)
+        for number in plan.trainable:
+            for parameter in nets.parameters_of(number).values():
+                parameter.grad = None
         seen: dict[int, Tensor] = {}
 
         def observe(point: int, latents: Tensor) -> None:
@@ -94,17 +139,15 @@ class Bench:
                 seen[point] = latents
 
         leaps: list[Tensor] = []
-        rollout = (
-            states_of(inference, nets, noise, cond, self.schedule) if plan.needs_rollout else None
-        )
+        whole_chain = plan.grad_mask[0] and not plan.needs_rollout
         latents = run_chain(
-            plan,
+            from_states(plan, inference),
             nets,
-            noise,
-            cond,
+            self.noise.clone().requires_grad_() if whole_chain else self.noise,
+            self.cond,
             self.schedule,
             recompute=plan.grad_calls > 10,
-            rollout=rollout,
+            rollout=states,
             fresh_noise=lambda copy: noise_of_copy(self.family, self.seeds, copy),
             observe=observe,
             observe_leap=leaps.append,
@@ -112,86 +155,152 @@ class Bench:
         images = self.family.decode(latents)
         scores = self.reward(images, self.prompts * (1 + plan.renoise))
         (scores * leap_weight(leaps, plan.leap_tau)).mean().backward()
-        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        gradient = torch.cat([g.flatten() for g in flat])
-        norms = {point: float(x.grad.norm()) for point, x in seen.items() if x.grad is not None}
-        return gradient, float(scores.detach().mean()), norms
+        weights = {
+            number: torch.cat(
+                [
+                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                    for p in nets.parameters_of(number).values()
+                ]
+            )
+            for number in plan.trainable
+        }
+        # The mean over the batch leaves each sample a share of its gradient.
+        size = len(self.prompts)
+        norms = {
+            point: float(size * x.grad.flatten(1).norm(dim=1).mean())
+            for point, x in seen.items()
+            if x.grad is not None
+        }
+        return Found(weights, float(scores.detach().mean()), norms)
+
+
+def from_states(plan: Plan, inference: Plan) -> Plan:
+    """The same plan with the true chain's states in place of the calls that it shares with it.
+
+    Only calls before the first gradient: values are the same, and nothing flows there.
+    """
+    steps = list(plan.steps)
+    for i, (step, true) in enumerate(zip(plan.steps, inference.steps, strict=False)):
+        if plan.grad_mask[i] or replace(step, input_grad=1.0) != true:
+            break
+        steps[i] = Step(i, i + 1, "cached", pin=True)
+    return replace(plan, steps=tuple(steps))
+
+
+def whole(plan: Plan) -> Plan:
+    """An inference chain with gradient to every LoRA call."""
+    steps = tuple(replace(step, trains=step.adapters > 0) for step in plan.steps)
+    loras = max(step.adapters for step in steps)
+    return Plan(steps, tuple(range(1, loras + 1)))
+
+
+def flat(weights: Mapping[int, Tensor], numbers: Sequence[int]) -> Tensor:
+    return torch.cat([weights[number] for number in numbers])
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
-def whole(plan: Plan) -> Plan:
-    """An inference chain with gradient to every LoRA call."""
-    steps = tuple(replace(step, trains=step.net == "policy") for step in plan.steps)
-    loras = max(step.adapters for step in steps)
-    return Plan(steps, tuple(range(1, loras + 1)))
+def mean_norms(found: Sequence[Found]) -> dict[int, float]:
+    """By point, over the draws that carry gradient there."""
+    points = sorted({point for one in found for point in one.latents})
+    norms = {p: [one.latents[p] for one in found if p in one.latents] for p in points}
+    return {point: sum(values) / len(values) for point, values in norms.items()}
 
 
-def shown(norms: dict[int, float], schedule: Schedule) -> str:
-    """Gradient norms at the first, some middle and the last points that carry gradient."""
-    points = sorted(norms)
+def row(name: str, found: Sequence[Found], true: Found, schedule: Schedule) -> str:
+    """One line of the table."""
+    numbers = sorted(found[0].weights)
+    expected = flat(true.weights, numbers)
+    gradients = [flat(one.weights, numbers) for one in found]
+    mean = torch.stack(gradients).mean(0)
+    one_draw = sum(cosine(gradient, expected) for gradient in gradients) / len(found)
+    gap = sum(one.reward for one in found) / len(found) - true.reward
+    norms = mean_norms(found)
+    points = list(norms)
     picked = sorted({points[i * (len(points) - 1) // 4] for i in range(5)}) if points else []
     names = [*(f"{t:.0f}" for t in schedule.timesteps.tolist()), "end"]
-    return ", ".join(f"{names[p]}: {norms[p]:.3g}" for p in picked)
+    cells = [name, f"{cosine(mean, expected):.3f}", f"{one_draw:.3f}"]
+    cells += [f"{float(mean.norm() / expected.norm()):.2f}", f"{gap:+.4f}"]
+    cells.append(", ".join(f"{names[p]}: {norms[p]:.3g}" for p in picked))
+    return f"| {' | '.join(cells)} |"
 
 
-def main() -> int:
+def chart(path: Path, norms: Mapping[str, Mapping[int, float]], schedule: Schedule) -> Path:
+    """Norms by timestep: full backpropagation and rivals above, ShortFT below."""
+    times = [*schedule.timesteps.tolist(), 0.0]
+    panels = []
+    for title, ours in (("one LoRA at every timestep", False), ("ShortFT's stacked LoRAs", True)):
+        lines = [
+            Line(name, [times[p] for p in found], list(found.values()), strong=name in STRONG)
+            for name, found in norms.items()
+            if name.startswith("shortft") == ours
+        ]
+        label = "‖d reward / d latents‖ of one sample"
+        panels.append(Panel(lines, "timestep", label, title, log="y", falling_x=True))
+    return draw_lines(path, *panels)
+
+
+TRUE = "shortft's true chain"
+STRONG = ("full", TRUE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reward", default="clip:1,symmetry:2")
+    parser.add_argument("--reward", default="clip:1,symmetry:8")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--draws", type=int, default=8, help="plans drawn of random methods")
     parser.add_argument("--noise", type=float, default=0.01, help="how far the LoRAs are moved")
+    parser.add_argument("--adapter", type=Path, action="append", default=[], help="a trained one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="also write the table into this file")
-    options = parser.parse_args()
-    bench = Bench(options.reward, options.batch, options.noise, options.seed)
-    head = ("method", "cosine", "single draw", "norm", "gap", "‖gradient‖ at the latents of")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/gradients"))
+    options = parser.parse_args(arguments)
+    bench = Bench(options.reward, options.batch, options.noise, options.seed, options.adapter)
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    print("\n".join(lines), flush=True)
+    norms: dict[str, dict[int, float]] = {}
 
-    def add(name: str, nets: ModelNetworks, true: tuple[Tensor, float], plans: list[Plan]) -> None:
-        method = name if name in METHODS else "shortft"
-        place = inference_plan(bench.schedule, K, placement_of(method))
-        found = [bench.gradient(nets, plan, place) for plan in plans]
-        mean = torch.stack([gradient for gradient, _, _ in found]).mean(0)
-        single = sum(cosine(gradient, true[0]) for gradient, _, _ in found) / len(found)
-        gap = sum(score for _, score, _ in found) / len(found) - true[1]
-        cells = [name, f"{cosine(mean, true[0]):.3f}", f"{single:.3f}"]
-        cells += [f"{float(mean.norm() / true[0].norm()):.2f}", f"{gap:+.4f}"]
-        lines.append(f"| {' | '.join([*cells, shown(found[0][2], bench.schedule)])} |")
+    def add(name: str, found: Sequence[Found], true: Found) -> None:
+        norms[name] = mean_norms(found)
+        lines.append(row(name, found, true, bench.schedule))
         print(lines[-1], flush=True)
 
-    print("\n".join(lines), flush=True)
-    nets = bench.networks(1)
-    everywhere = inference_plan(bench.schedule, K, "everywhere")
-    gradient, score, norms = bench.gradient(nets, whole(everywhere), everywhere)
-    lines.append(f"| full | 1 | 1 | 1 | 0 | {shown(norms, bench.schedule)} |")
-    print(lines[-1], flush=True)
+    nets, everywhere = bench.networks("everywhere"), inference_plan(bench.schedule, K, "everywhere")
+    states = bench.states(nets, everywhere)
+    true = bench.found(nets, whole(everywhere), everywhere, states)
+    add("full", [true], true)
     for name in [m for m in METHODS if m not in ("shortft", "full")]:
-        draws = options.draws if name in (*RANDOM, "flowbp_lagrange") else 1
         values = read_options(name, {})
         plans = [
             make_plan(name, bench.schedule, K, 1, generator(options.seed, 3, i), values)
-            for i in range(draws)
+            for i in range(options.draws)
         ]
-        add(name, nets, (gradient, score), plans)
+        if len(set(plans)) == 1:
+            plans = plans[:1]  # it draws nothing
+        add(name, [bench.found(nets, plan, everywhere, states) for plan in plans], true)
 
     stacked = inference_plan(bench.schedule, K, "stacked")
-    nets, plain = bench.networks(K), bench.networks(K, plain=True)
-    gradient, score, norms = bench.gradient(nets, whole(stacked), stacked)
-    lines.append(f"| shortft's true chain | 1 | 1 | 1 | 0 | {shown(norms, bench.schedule)} |")
-    print(lines[-1], flush=True)
+    nets, plain = bench.networks("stacked"), bench.networks("stacked", plain=True)
+    states = bench.states(nets, stacked)
+    true = bench.found(nets, whole(stacked), stacked, states)
+    add(TRUE, [true], true)
     for name in SHORTFT:
         given = VARIANTS.get(name, {}).get("method_options") or {}
         values = read_options("shortft", dict(given))  # type: ignore[call-overload]
-        draw = generator(options.seed, 3)
-        plan = make_plan("shortft", bench.schedule, K, 1, draw, values)
-        add(name, plain if "plain" in name else nets, (gradient, score), [plan])
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for stage in range(1, K + 1) if name == "shortft" else (1,):
+            draw = generator(options.seed, 3)
+            plan = make_plan("shortft", bench.schedule, K, stage, draw, values)
+            found = [bench.found(plain if "plain" in name else nets, plan, stacked, states)]
+            add(name if stage == 1 else f"{name}, stage {stage}", found, true)
+
+    write_atomic(options.output_dir / "gradients.md", ("\n".join(lines) + "\n").encode())
+    chart(options.output_dir / "gradients.png", norms, bench.schedule)
+    text = json.dumps({"norms": norms, "settings": vars(options)}, indent=2, default=str)
+    write_atomic(options.output_dir / "gradients.json", (text + "\n").encode())
+    print(options.output_dir)
     return 0
 
 
