@@ -150,7 +150,7 @@ def test_mistakes_show_no_traceback_from_outside() -> None:
 def test_train_passes_its_settings_on(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
     assert main(["train", "--updates", "3", "--no-timestep-lora", "--resume"]) == 0
     settings = Config(updates=3, timestep_lora=False)
-    assert calls == [((settings,), {"resume": True, "allow_change": False})]
+    assert calls == [((settings,), {"resume": True, "allow_change": False, "auto_resume": False})]
 
 
 def test_plan_takes_the_options_of_train(
@@ -184,7 +184,7 @@ def test_check_returns_its_verdict(calls: list[tuple[tuple[Any, ...], dict[str, 
 def test_interruption_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, reason: BaseException, code: int
 ) -> None:
-    def interrupted(config: Config, resume: bool, allow_change: bool) -> None:
+    def interrupted(config: Config, **options: bool) -> None:
         raise reason
 
     stand_in = ModuleType("shortft.train")

@@ -23,6 +23,7 @@ ALLOWED = {
     "assets": {"errors", "inputs"},
     "shortcuts": {"assets", "errors"},
     "guard": set(),
+    "ema": set(),
     "interrupts": {"errors"},
     "methods": {"errors", "plans", "schedule"},
     "plans": {"schedule"},

@@ -2,6 +2,7 @@
 differences."""
 
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ import shortft
 from shortft.errors import UserError
 from shortft.rewards import REWARDS, anchor_warning, make_reward, parse_reward_spec
 from shortft.rewards.clip import ClipReward
+from shortft.rewards.combine import Conservative
 from shortft.rewards.compressibility import Compressibility
 from shortft.rewards.places import HUB
 from shortft.rewards.preprocess import ClipPreprocess
+from shortft.rewards.spec import scorers
 from shortft.rewards.symmetry import Symmetry
 
 TOKENIZER = Path(shortft.__file__).parent / "assets" / "emoji" / "tokenizer"
@@ -327,6 +330,13 @@ def test_specification():
         ("clip:nan", "weight 'nan'"),
         ("clip:1:2", "weight '1:2'"),
         ("clip,symmetry,clip:2", "clip stands twice"),
+        ("clip+clip~1", "clip stands twice"),
+        ("clip+symmetry~", "'' after ~ is not a number of at least 0; write e.g. clip"),
+        ("clip+symmetry~-1", "'-1' after ~"),
+        ("clip+simetry~1", r"did you mean symmetry"),
+        ("clip+symmetry:0~1", "weight '0' of symmetry"),
+        ("clip+symmetry~1:x", "weight 'x' of the ensemble"),
+        ("clip+symmetry", "no reward named 'clip.symmetry'"),
     ],
 )
 def test_bad_specifications_are_user_errors(spec, message):
@@ -375,3 +385,49 @@ def test_naming_rewards_loads_no_torch():
     )
     path = str(Path(shortft.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+ENSEMBLE = "symmetry:3+compressibility+incompressibility:0.5~0.7"
+
+
+def test_an_ensemble_is_the_mean_less_the_spread():
+    images = scenes(3).requires_grad_()
+    reward = make_reward(f"{ENSEMBLE}:2,symmetry:10")
+    assert list(reward.components(images, [])) == [ENSEMBLE, "symmetry"]
+    rows = [
+        [3 * a, b, 0.5 * c]
+        for a, b, c in zip(
+            *(make_reward(n)(images, []).tolist() for n in ("symmetry", "compressibility")),
+            make_reward("incompressibility")(images, []).tolist(),
+            strict=True,
+        )
+    ]
+    for row, score in zip(rows, reward.components(images, [])[ENSEMBLE].tolist(), strict=True):
+        assert score == pytest.approx(statistics.mean(row) - 0.7 * statistics.pstdev(row), rel=1e-5)
+    assert reward.name == f"{ENSEMBLE}:2,symmetry:10"
+    assert parse_reward_spec(reward.name) == [(ENSEMBLE, 2.0), ("symmetry", 10.0)]
+    assert not reward.report(images, []).requires_grad
+
+
+def test_an_ensembles_gradient_equals_finite_differences_and_is_finite_where_all_agree():
+    reward, x = make_reward(ENSEMBLE), scenes(1).double().requires_grad_()
+    (slope,) = torch.autograd.grad(reward(x, []).sum(), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    h = 1e-6
+    up, down = (reward(x.detach() + sign * h * direction, []).sum() for sign in (1, -1))
+    torch.testing.assert_close(
+        (slope * direction).sum(), (up - down) / (2 * h), rtol=1e-4, atol=1e-6
+    )
+
+    def same(images: torch.Tensor, prompts: object) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+    agreed = Conservative("same+same~2", [(same, 1.0), (same, 1.0)], 2.0)
+    (slope,) = torch.autograd.grad(agreed(x, []).sum(), x)
+    torch.testing.assert_close(slope, torch.full_like(x, 1 / x[0].numel()))
+
+
+def test_scorers_of_ensembles_are_known():
+    assert scorers("clip+pickscore:2~1:3,symmetry") == {"clip", "pickscore", "symmetry"}
+    assert anchor_warning("clip+symmetry~1") is None
+    assert anchor_warning("symmetry+compressibility~1") is not None

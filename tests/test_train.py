@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,39 +123,6 @@ def test_accumulation_gives_the_same_updates(settings, tmp_path: Path):
     one, four = (weights(tmp_path / f"run{n}" / "adapter") for n in (1, 4))
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_updates(settings, tmp_path: Path):
-    from shortft.config import to_yaml
-
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / f"processes{processes}"
-        config = Config(**{**settings, "updates": 4, "sample_every": 2, "output_dir": out})
-        file = tmp_path / f"{processes}.yaml"
-        file.write_text(to_yaml(config))
-        launch = [sys.executable, "-m"]
-        if processes > 1:
-            launch += ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-            launch += ["--num_machines", "1", "--mixed_precision", "no"]
-            launch += ["--num_cpu_threads_per_process", "1", "--dynamo_backend", "no", "-m"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src"}
-        done = subprocess.run(
-            [*launch, "shortft", "train", str(file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        results.append((weights(out / "adapter"), rows(out)))
-    (one, log_one), (two, log_two) = results
-    assert len(log_two) == 4
-    for a, b in zip(log_one, log_two, strict=True):
-        assert a["reward"] == pytest.approx(b["reward"], rel=1e-5)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ def run_chain(
     fresh_noise: Callable[[int], Tensor] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
     observe_leap: Callable[[Tensor], None] | None = None,
+    observe_drift: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Carry latents along a plan.
 
@@ -44,6 +46,9 @@ def run_chain(
         fresh_noise: noise (B, …) of copy 0, 1, …, for plans that re-noise the chain's end.
         observe: called with each point and the latents that reach it, point 0 included.
         observe_leap: called with (B,) the mean distance by which each pinned call misses.
+        observe_drift: called with (B,) the mean squared difference between the prediction of each
+            call that trains and the base's from the same latents, differentiable in both. The base
+            is called once more for each.
 
     Returns:
         (B, …) where the plan's reward looks: the end of the chain, or the last x0 prediction;
@@ -60,6 +65,12 @@ def run_chain(
     def call(x: Tensor, step: Step) -> Tensor:
         return nets.predict(step, x, float(schedule.timesteps[step.start]), cond)
 
+    def keep(x: Tensor, step: Step) -> Tensor:
+        if not recompute:
+            return call(x, step)
+        kept: Tensor = checkpoint(call, x, step, use_reentrant=False, preserve_rng_state=False)
+        return kept
+
     def predict(x: Tensor, step: Step, builds_graph: bool) -> Tensor:
         seen = scale_grad(x, step.input_grad)
         if step.net == "cached":
@@ -67,12 +78,11 @@ def run_chain(
         if not builds_graph:
             with torch.no_grad():
                 return call(seen, step)
-        if recompute:
-            kept: Tensor = checkpoint(
-                call, seen, step, use_reentrant=False, preserve_rng_state=False
-            )
-            return scale_grad(kept, step.gain)
-        return scale_grad(call(seen, step), step.gain)
+        prediction = keep(seen, step)
+        if observe_drift and step.trains:
+            base = keep(seen, replace(step, net="base", adapters=0, trains=False))
+            observe_drift((prediction - base).square().flatten(1).mean(1))
+        return scale_grad(prediction, step.gain)
 
     previous = latents, latents, 0  # of the call before: its input, its prediction, its point
     if observe:

@@ -123,6 +123,11 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
     )
 
 
+def any_in(root: Path) -> bool:
+    """Whether a checkpoint was ever finished there, damaged or not."""
+    return bool(_all(root) or list(root.glob(f"{ASIDE}update-*")))
+
+
 def _read(path: Path) -> Checkpoint:
     written = (path / MANIFEST).read_bytes()
     files = {}

@@ -102,6 +102,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
     ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="As --resume if there is a checkpoint, else start."),
+    ] = False,
     allow_change: Annotated[
         bool, typer.Option("--allow-change", help="Resume although settings changed.")
     ] = False,
@@ -117,7 +121,7 @@ def train(
         return
     from shortft.train import train
 
-    train(config, resume=resume, allow_change=allow_change)
+    train(config, resume=resume, allow_change=allow_change, auto_resume=auto_resume)
 
 
 @app.command()

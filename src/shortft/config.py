@@ -178,6 +178,19 @@ class Config(BaseModel):
     max_grad_norm: float = Field(
         1.0, gt=0, description="Gradient norm above which gradients are scaled down, above 0."
     )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of a penalty on the mean squared difference between the predictions of "
+        "policy and base at the calls that train, against over-optimisation; 0 = none.",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a moving average of the LoRAs' weights, such as 0.99, in [0, 1): "
+        "grids, guard and adapter then use the average; 0 = none.",
+    )
     batch_size: int = Field(
         8, ge=1, description="Samples per update over all processes, at least 1."
     )

@@ -33,12 +33,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did: mean reward, its parts, and the gradient norm before clipping."""
+    """What a step did: mean reward, its parts, and the gradient norm before clipping.
+
+    `drift` is the mean squared difference from the base's predictions, where there is an anchor.
+    """
 
     reward: float
     parts: dict[str, float]
     grad_norm: float
     skipped: bool
+    drift: float | None = None
 
 
 def train_step(
@@ -54,6 +58,7 @@ def train_step(
     inference: Plan,
     max_grad_norm: float,
     recompute: bool,
+    anchor: float = 0.0,
     reward_seconds: float | None = None,
     commit: Callable[[], None] = lambda: None,
 ) -> Outcome:
@@ -61,6 +66,7 @@ def train_step(
 
     Args:
         inference: the policy's true chain, run first for plans that need its states.
+        anchor: weight of the penalty on the difference from the base's predictions.
         reward_seconds: limit of one call of a reward.
         commit: called just before anything is changed.
 
@@ -76,6 +82,7 @@ def train_step(
         if plan.needs_rollout:
             rollout = states_of(inference, nets, noise, cond, schedule)
         leaps: list[Tensor] = []
+        drifts: list[Tensor] = []
         latents = run_chain(
             plan,
             nets,
@@ -86,14 +93,19 @@ def train_step(
             rollout=rollout,
             fresh_noise=functools.partial(noise_of_copy, family, batch.seeds),
             observe_leap=leaps.append,
+            observe_drift=drifts.append if anchor else None,
         )
         images = decode(family, latents, recompute=recompute)  # [0, 1], still differentiable
         prompts = batch.prompts * (1 + plan.renoise)
         parts = judge(reward, images, prompts, seconds=reward_seconds)  # each (B,)
         scores = reward.combine(parts)  # higher is better
-        loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean() / len(batches)
-        loss.backward()
-        for name, part in {"reward": scores, **parts}.items():
+        loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean()
+        measured = {"reward": scores, **parts}
+        if anchor:
+            measured["drift"] = torch.stack(drifts)
+            loss = loss + anchor * measured["drift"].mean()
+        (loss / len(batches)).backward()
+        for name, part in measured.items():
             totals[name] = totals.get(name, 0) + part.detach().float().mean() / len(batches)
 
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -106,7 +118,8 @@ def train_step(
     if finite:
         optimizer.step()
     values = dict(zip(totals, means.tolist(), strict=True))
-    return Outcome(values.pop("reward"), values, float(grad_norm), skipped=not finite)
+    drift = values.pop("drift") if anchor else None
+    return Outcome(values.pop("reward"), values, float(grad_norm), not finite, drift)
 
 
 def decode(family: Family, latents: Tensor, *, recompute: bool) -> Tensor:

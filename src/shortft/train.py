@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shortft.checkpoint import load_latest
+from shortft.checkpoint import any_in, load_latest
 from shortft.config import Config, option_name, to_yaml
 from shortft.drawing.curves import read_metrics
 from shortft.drawing.files import write_atomic
@@ -27,11 +27,14 @@ from shortft.space import check_space
 from shortft.trainer import Trainer
 
 
-def train(config: Config, resume: bool = False, allow_change: bool = False) -> Path:
+def train(
+    config: Config, resume: bool = False, allow_change: bool = False, auto_resume: bool = False
+) -> Path:
     """Run a training; `shortft train`.
 
     Args:
         resume: go on from the newest whole checkpoint in the output directory.
+        auto_resume: the same if there is one, else start.
         allow_change: resume even if settings differ that change what the run learns.
 
     Returns:
@@ -42,7 +45,9 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
         Stopped: if a signal asked for it; a checkpoint was written.
     """
     root = config.output_dir
-    if not resume and (root / "checkpoints").exists():
+    if auto_resume:
+        resume = any_in(root / "checkpoints")
+    elif not resume and (root / "checkpoints").exists():
         raise UserError(
             f"--output-dir {root}: holds a run; pass --resume to continue it, or name another one"
         )
@@ -55,6 +60,7 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
     if saved is not None:
         trainer.restore(saved, allow_change=allow_change)
         log_bytes = int(saved.state["log_bytes"])
+    trainer.check_same_start()
     if main:
         size = trainer.checkpoint_bytes() * (config.keep_checkpoints + 1)
         check_space(root, size, "the run's checkpoints", "lower --keep-checkpoints, ")
@@ -93,6 +99,15 @@ def train(config: Config, resume: bool = False, allow_change: bool = False) -> P
                 progress.log(f"stopped after update {trainer.counters.update}; go on by --resume")
             trainer.accelerator.end_training()
             raise
+        except RuntimeError as error:
+            if trainer.accelerator.num_processes == 1 or not lost_process(error):
+                raise
+            # Processes may stand at different places of an update: only older checkpoints are sure.
+            raise UserError(
+                f"process {trainer.accelerator.process_index}: lost touch with another process "
+                "(its own message says why); go on by --resume, or let torchrun do so: "
+                "--max-restarts with --auto-resume"
+            ) from error
         if main:
             trainer.save_checkpoint(log.position())
             adapter = trainer.save_adapter()
@@ -139,6 +154,8 @@ def run_updates(
             "peak_memory_bytes": peak_memory_bytes(),
             "skipped": outcome.skipped,
         }
+        if outcome.drift is not None:
+            row["drift"] = outcome.drift
         log.write(row)
         flat = {k: v for k, v in row.items() if isinstance(v, float)}
         accelerator.log({**flat, **outcome.parts, "stage": stage}, step=update)
@@ -262,6 +279,12 @@ def check_same_run(saved: str, config: Config, *, allow_change: bool = False) ->
             "one, or start a new run in another --output-dir"
         )
     return [f"changed: {line}" for line in lines]
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "nccl" in text
 
 
 def note_cause(root: Path, reason: BaseException) -> None:

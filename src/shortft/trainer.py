@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from shortft.adapter import AdapterInfo, copy_state, save_adapter
 from shortft.assets import prompts_for
 from shortft.checkpoint import Checkpoint, save_checkpoint
 from shortft.config import Config, to_yaml
+from shortft.ema import Average
 from shortft.errors import UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
@@ -62,7 +64,11 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        check_launcher()
+        # Without this, processes that torchrun starts on CPUs would not know of one another.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
+            cpu=several and not torch.cuda.is_available(),
             log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(config.output_dir),
         )
@@ -133,6 +139,9 @@ class Trainer:
             [list(self.nets.parameters_of(n).values()) for n in range(1, self.nets.loras + 1)],
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
+        )
+        self.average = Average(
+            {n: self.nets.parameters_of(n) for n in range(1, self.nets.loras + 1)}, config.ema
         )
         self.counters = Counters()
         self.splits = config.accumulation
@@ -247,6 +256,7 @@ class Trainer:
                     inference=self.inference,
                     max_grad_norm=self.config.max_grad_norm,
                     recompute=self.config.recompute,
+                    anchor=self.config.anchor,
                     reward_seconds=self.config.reward_seconds,
                     commit=commit,
                 )
@@ -262,6 +272,8 @@ class Trainer:
             self.splits *= 2
         counters = self.counters
         counters.update += 1
+        if not outcome.skipped:
+            self.average.update(counters.update)
         # Stages may depend on the clock: all processes follow the first one's.
         seconds = [counters.seconds + clock() - began]
         counters.seconds = float(broadcast_object_list(seconds)[0])
@@ -280,6 +292,20 @@ class Trainer:
                 "gradient that is not finite; lower --learning-rate, or use --precision fp32"
             )
 
+    def check_same_start(self) -> None:
+        """Whether all processes start at the same update.
+
+        Raises:
+            UserError: if not, on all of them.
+        """
+        update = torch.tensor([self.counters.update], device=self.accelerator.device)
+        found = self.accelerator.gather(update).tolist()
+        if len(set(found)) > 1:
+            raise UserError(
+                f"--output-dir {self.config.output_dir}: processes found checkpoints of updates "
+                f"{', '.join(map(str, found))}; all of them must see the same directory"
+            )
+
     def asked_to_stop(self, asked: int | None) -> int | None:
         """The signal that any process got, agreed on by all."""
         if self.accelerator.num_processes == 1:
@@ -295,7 +321,8 @@ class Trainer:
     # What is kept
 
     def save_checkpoint(self, log_bytes: int) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {}
+        self.average.put_back()  # a signal may have come while it was in use
+        tensors: dict[str, dict[str, Tensor]] = self.average.state()
         for number in range(1, self.nets.loras + 1):
             tensors[f"lora_{number}"] = self.nets.state_of(number)
             tensors[f"optimizer_{number}"] = {
@@ -318,9 +345,11 @@ class Trainer:
         )
 
     def checkpoint_bytes(self) -> int:
-        """Largest size of a checkpoint: weights and AdamW's two moments in fp32."""
+        """Largest size of a checkpoint: weights, AdamW's two moments and an average in fp32."""
         loras = range(1, self.nets.loras + 1)
-        return 12 * sum(p.numel() for n in loras for p in self.nets.parameters_of(n).values())
+        return (16 if self.config.ema else 12) * sum(
+            p.numel() for n in loras for p in self.nets.parameters_of(n).values()
+        )
 
     def restore(self, saved: Checkpoint, *, allow_change: bool = False) -> None:
         """Go back to a checkpoint.
@@ -341,11 +370,12 @@ class Trainer:
                 kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
                 if kept:
                     set_state(self.optimizer, parameter, kept)
+        self.average.restore(saved.tensors)
         for name in vars(self.counters):
             setattr(self.counters, name, saved.state.get(name, getattr(self.counters, name)))
 
     def save_adapter(self, folder: str = "adapter") -> Path:
-        """Write the LoRAs as they are now into a folder of the run."""
+        """Write the LoRAs as they are now, or their average, into a folder of the run."""
         active = [step for step in self.inference.steps if step.adapters]
         info = AdapterInfo(
             base_model=self.config.model,
@@ -361,7 +391,8 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
         )
         directory = self.config.output_dir / folder
-        save_adapter(self.nets, info, directory)
+        with self.average.in_place():
+            save_adapter(self.nets, info, directory)
         return directory
 
     def pictures(self) -> tuple[list[str], Tensor]:
@@ -370,16 +401,32 @@ class Trainer:
         stride = max(1, len(listed) // count)
         prompts = [listed[i * stride % len(listed)] for i in range(count)]
         seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count)]
-        images = generate(
-            self.family,
-            self.nets,
-            self.inference,
-            self.schedule,
-            self.family.encode(prompts),
-            seeds,
-            batch_size=self.micro_batch,
-        )
+        with self.average.in_place():
+            images = generate(
+                self.family,
+                self.nets,
+                self.inference,
+                self.schedule,
+                self.family.encode(prompts),
+                seeds,
+                batch_size=self.micro_batch,
+            )
         return prompts, images
+
+
+def check_launcher() -> None:
+    """Refuse launchers that promise to share the model out: every process holds all of it.
+
+    Raises:
+        UserError: if accelerate was told to use FSDP, DeepSpeed or Megatron.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate launch: {name} is asked for, but models are not split over processes; "
+                "start without it (docs/several-gpus.md), and save memory by --recompute, "
+                "--encode-ahead and --accumulation"
+            )
 
 
 def out_of_memory(error: BaseException) -> bool:

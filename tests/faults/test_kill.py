@@ -44,7 +44,7 @@ def state(root: Path) -> dict[str, object]:
 def test_killed_anywhere_the_resumed_run_is_the_same(settings, tmp_path: Path):
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(["shortft.train", "shortft.families.sd", "shortft.rewards.clip"])
-    change = {"checkpoint_every": 1, "sample_every": 4}
+    change = {"checkpoint_every": 1, "sample_every": 4, "ema": 0.9}
 
     def start(name: str, resume: bool = False) -> multiprocessing.process.BaseProcess:
         config = Config(**{**settings, **change, "output_dir": tmp_path / name})
@@ -80,5 +80,5 @@ def test_killed_anywhere_the_resumed_run_is_the_same(settings, tmp_path: Path):
         child.join()
         assert child.exitcode == 0, name
         differ += state(tmp_path / name) != expected
-    print(f"{killed} of {KILLS} runs killed, {differ} differ")
+        print(f"{trial + 1} of {KILLS} runs, {killed} killed, {differ} differ", flush=True)
     assert differ == 0

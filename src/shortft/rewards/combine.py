@@ -1,4 +1,4 @@
-"""Weighted mixes of rewards."""
+"""Weighted mixes of rewards, and ensembles that are believed only where they agree."""
 
 from __future__ import annotations
 
@@ -69,3 +69,38 @@ class WeightedSum:
         images = images_BCHW.to(device=self.device)
         home = images_BCHW.device
         return {part.name: part.report(images, prompts).to(home) for part, _ in self.parts}
+
+
+class Conservative:
+    """``mean - caution * spread`` of several scorers' weighted scores.
+
+    The spread is their standard deviation (of the population), picture by picture. Where scorers
+    disagree, one of them is likely to be fooled: the penalty turns the gradient towards the lower
+    scores. (Reward ensembles against over-optimisation: Coste et al. 2024, arXiv 2310.02743.)
+
+    Args:
+        name: the ensemble's specification.
+        members: scorers and the weights that bring their scores to one scale; two or more.
+        caution: weight of the spread, at least 0.
+    """
+
+    report_higher_is_better = True
+
+    def __init__(self, name: str, members: Sequence[tuple[Reward, float]], caution: float) -> None:
+        if len(members) < 2 or caution < 0:
+            raise ValueError(f"an ensemble needs two scorers and a caution >= 0, got {name}")
+        self.name = self.report_name = name
+        self.members = tuple(members)
+        self.caution = caution
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,), differentiable in the pixels."""
+        scores = torch.stack([weight * part(images_BCHW, prompts) for part, weight in self.members])
+        mean = scores.mean(0)
+        # Where all agree the root has no slope; the small number makes it 0 there.
+        spread = ((scores - mean).square().mean(0) + 1e-12).sqrt()
+        return mean - self.caution * spread
+
+    def report(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The score itself (B,), no gradient."""
+        return self(images_BCHW.detach(), prompts).detach()

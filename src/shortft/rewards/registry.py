@@ -108,22 +108,24 @@ def make_reward(
     """
     import torch
 
-    from shortft.rewards.combine import WeightedSum
+    from shortft.rewards.combine import Conservative, WeightedSum
     from shortft.rewards.own import load_own
-    from shortft.rewards.spec import parse_reward_spec
+    from shortft.rewards.spec import parse_ensemble, parse_reward_spec, scorers
 
-    parts = parse_reward_spec(spec)
-    places = reward_places({name for name, _ in parts}, None if models is None else str(models))
-    dtype = dtype or torch.float32
-    return WeightedSum(
-        [
-            (REWARDS[name](places.get(name), device, dtype), weight)
-            if name in REWARDS
-            else (load_own(name, device), weight)
-            for name, weight in parts
-        ],
-        device,
-    )
+    places = reward_places(scorers(spec), None if models is None else str(models))
+    number_format = dtype or torch.float32
+
+    def make(name: str) -> Reward:
+        ensemble = parse_ensemble(name)
+        if ensemble:
+            members, caution = ensemble
+            return Conservative(name, [(make(part), w) for part, w in members], caution)
+        if name in REWARDS:
+            return REWARDS[name](places.get(name), device, number_format)
+        return load_own(name, device)
+
+    parts = [(make(name), weight) for name, weight in parse_reward_spec(spec)]
+    return WeightedSum(parts, device)
 
 
 def held_out_scorer(model: str, device: torch.device | str = "cpu") -> ClipReward | None:

@@ -21,13 +21,15 @@ MIXES = {
 """Named recipes; docs/rewards.md says where they come from."""
 
 _ITEM = re.compile(r"(?P<name>.*?\.py\s*:\s*\w+|[^:]*)(?P<weight>:.*)?")
+_ENSEMBLE = re.compile(r"(?P<members>.+\+.+)~(?P<caution>[^:~]*)(?P<weight>:.*)?")
 
 
 def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
     """``"clip:1,symmetry:0.2"`` -> ``[("clip", 1.0), ("symmetry", 0.2)]``; no weight means 1.
 
     A name is one of `REWARDS`, a recipe of `MIXES` (its parts take its place, times its weight),
-    a user's ``file.py:name``, or an entry point of the group ``shortft.rewards``.
+    a user's ``file.py:name``, an entry point of the group ``shortft.rewards``, or an ensemble
+    ``clip+pickscore:1.2~0.5``, see `parse_ensemble`.
 
     Raises:
         UserError: nothing named, an unknown or repeated name, a file without that name, or a
@@ -35,6 +37,12 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
     """
     parts: list[tuple[str, float]] = []
     for item in spec.split(","):
+        if group := _ENSEMBLE.fullmatch(item.strip()):
+            weight = _weight(spec, "the ensemble", group["weight"][1:]) if group["weight"] else 1.0
+            name = item.strip().removesuffix(group["weight"] or "")
+            parse_ensemble(name)
+            parts.append((name, weight))
+            continue
         match = _ITEM.fullmatch(item.strip())
         name = re.sub(r"\s*:\s*", ":", match["name"].strip()) if match else ""
         colon, weight_text = bool(match and match["weight"]), match["weight"] if match else None
@@ -44,6 +52,39 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
                 raise UserError(f"--reward {spec}: {part} stands twice; name each reward once")
             parts.append((part, factor * weight))
     return parts
+
+
+def parse_ensemble(name: str) -> tuple[list[tuple[str, float]], float] | None:
+    """``"clip+pickscore:1.2~0.5"`` -> its scorers with weights, and the weight of their spread.
+
+    None for the name of a single reward.
+
+    Raises:
+        UserError: fewer than two scorers, or a weight of the spread that is not a number >= 0.
+    """
+    group = _ENSEMBLE.fullmatch(name)
+    if group is None:
+        return None
+    members = parse_reward_spec(group["members"].replace("+", ","))
+    try:
+        caution = float(group["caution"])
+    except ValueError:
+        caution = math.nan
+    if not (math.isfinite(caution) and caution >= 0):
+        raise UserError(
+            f"--reward {name}: {group['caution']!r} after ~ is not a number of at least 0; write "
+            "e.g. clip+pickscore~0.5"
+        )
+    return members, caution
+
+
+def scorers(spec: str) -> set[str]:
+    """The names of all single rewards in a specification."""
+    names: set[str] = set()
+    for name, _ in parse_reward_spec(spec):
+        ensemble = parse_ensemble(name)
+        names |= {member for member, _ in ensemble[0]} if ensemble else {name}
+    return names
 
 
 def _named(spec: str, name: str) -> list[tuple[str, float]]:
@@ -85,7 +126,7 @@ def anchor_warning(spec: str) -> str | None:
 
     Nothing is said of a user's own reward, which may well be an anchor.
     """
-    names = [name for name, _ in parse_reward_spec(spec)]
+    names = scorers(spec)
     if any(name in ANCHORS or name not in REWARDS for name in names):
         return None
     return (
