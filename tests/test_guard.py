@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from shortft.config import Config
+from shortft.errors import UserError
 from shortft.guard import Guard, Look
 from shortft.train import train
 from shortft.trainer import Trainer
@@ -41,6 +43,20 @@ def test_negative_scores_may_lose_a_share_of_their_size():
     ]
 
 
+def test_the_best_is_chosen_by_the_criterion_within_the_limit():
+    for by, expected in (("reward", 2), ("held_out", 1)):
+        guard = Guard(0.1, by)
+        for i, (reward, held_out) in enumerate([(1.0, 0.5), (2.0, 0.6), (3.0, 0.46), (9.0, 0.1)]):
+            guard.see(Look(i, reward, held_out))
+        assert guard.best is not None
+        assert guard.best.update == expected
+
+
+def test_held_out_as_criterion_needs_a_scorer(settings):
+    with pytest.raises(UserError, match=r"--best-by held_out: .* name one by --held-out"):
+        Trainer(Config(**settings, best_by="held_out"))
+
+
 class Falling:
     """A held-out scorer that likes each later evaluation less."""
 
@@ -72,9 +88,27 @@ def test_a_hacked_run_stops_and_goes_back_to_the_best(settings, monkeypatch):
     assert [row["update"] for row in evaluations] == [0, 2, 4, 6]
     assert "being hacked" in evaluations[-1]["guard"]
     assert "eval_contrast" in evaluations[-1]
+    assert [row.get("best") for row in evaluations] == [True, True, True, None]
     kept, best = weights(config.output_dir / "adapter"), weights(config.output_dir / "best")
     assert all(torch.equal(kept[name], best[name]) for name in best)
     assert [row["update"] for row in log if "reward" in row][-1] == 6
+
+
+def test_a_run_that_is_hacked_at_once_goes_back_to_the_start(settings, monkeypatch):
+    config = Config(**{**settings, "sample_every": 2, "guard": "stop", "guard_drop": 0.1})
+    rewards, original = iter([0.0, 1.0]), Trainer.__init__
+
+    def prepared(self, given):
+        original(self, given)
+        self.held_out = Falling(1.0, 0.5)
+
+    monkeypatch.setattr(Trainer, "__init__", prepared)
+    monkeypatch.setattr(
+        "shortft.rewards.combine.WeightedSum.__call__",
+        lambda self, images, prompts: torch.full((len(images),), next(rewards)),
+    )
+    adapter = train(config)
+    assert all(not value.any() for name, value in weights(adapter).items() if "lora_B" in name)
 
 
 def test_warn_goes_on(settings, monkeypatch):

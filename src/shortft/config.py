@@ -36,7 +36,7 @@ from shortft.inputs import (
 from shortft.methods.catalog import METHODS, read_options
 from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
-from shortft.rewards.spec import parse_reward_spec
+from shortft.rewards.spec import scorers
 from shortft.shortcuts import check_shortcut
 
 DEFAULT_MINUTES = 4.0  # the budget when neither updates nor minutes is given
@@ -260,6 +260,11 @@ class Config(BaseModel):
         gt=0,
         description="Share of its first value that the held-out scorer may lose, above 0.",
     )
+    best_by: Literal["reward", "held_out"] = Field(
+        "reward",
+        description="What makes an evaluation the best, whose adapter is kept: 'reward' or "
+        "'held_out'; those beyond guard_drop never are.",
+    )
     held_out: str | None = Field(
         None,
         description="Reward that only measures, for the guard; none = the embedded model's own "
@@ -372,7 +377,7 @@ class Config(BaseModel):
                 f"does not divide --batch-size {self.batch_size}",
                 "choose one of its divisors",
             )
-        reward_places({name for name, _ in parse_reward_spec(self.reward)}, self.reward_model)
+        reward_places(scorers(self.reward), self.reward_model)
         self._check_stage_shares()
         if METHODS[self.method].few_step and self.shortcut == "none":
             raise UserError(

@@ -8,6 +8,7 @@ being learned is the reward's weakness.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,17 @@ class Look:
 class Guard:
     """Remembers the first and the best evaluation.
 
-    The best one has the highest reward among those whose held-out score has fallen by no more
-    than allowed.
+    The best one has the highest score of the chosen kind among those whose held-out score has
+    fallen by no more than allowed.
 
     Args:
         drop: share of the held-out score's first value that it may lose.
+        by: which score makes an evaluation the best.
     """
 
-    def __init__(self, drop: float) -> None:
+    def __init__(self, drop: float, by: Literal["reward", "held_out"] = "reward") -> None:
         self.drop = drop
+        self.by = by
         self.first: Look | None = None
         self.best: Look | None = None
 
@@ -56,10 +59,15 @@ class Guard:
                 f"held-out scorer fell from {self.first.held_out:.4g} to {look.held_out:.4g}, "
                 f"more than {100 * self.drop:g} %: the reward is being hacked"
             )
-        better = not fallen and (self.best is None or look.reward > self.best.reward)
+        better = not fallen and (self.best is None or self._score(look) > self._score(self.best))
         if better:
             self.best = look
         return better, alarm
+
+    def _score(self, look: Look) -> float:
+        score = look.reward if self.by == "reward" else look.held_out
+        assert score is not None, "the trainer has made sure that there is a held-out scorer"
+        return score
 
     def _fallen(self, look: Look) -> bool:
         assert self.first is not None

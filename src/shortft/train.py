@@ -202,9 +202,10 @@ def look(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
         row["guard"] = alarm
         progress.log(f"guard: {alarm}")
         trainer.tripped = trainer.config.guard == "stop"
-    log.write(row)
-    if better and update:
+    if better:  # the start counts: a run may have to go back to it
+        row["best"] = True
         trainer.save_adapter("best")
+    log.write(row)
     if trainer.config.tensorboard:
         figures = {k: v for k, v in row.items() if k.startswith("eval_")}
         trainer.accelerator.log(figures, step=update)

@@ -132,7 +132,12 @@ class Trainer:
             if config.held_out
             else held_out_scorer(config.model, device)
         )
-        self.guard = Guard(config.guard_drop)
+        if config.best_by == "held_out" and self.held_out is None:
+            raise UserError(
+                f"--best-by held_out: {config.model} has no scorer of its own; name one by "
+                "--held-out, or use --best-by reward"
+            )
+        self.guard = Guard(config.guard_drop, config.best_by)
         self.tripped = False  # the guard has ended the run
         self.optimizer = make_optimizer(
             config.optimizer,

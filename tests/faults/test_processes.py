@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import free_port, together
+from processes import together
 
 from shortft.config import Config, to_yaml
 from shortft.errors import Stopped, UserError
@@ -198,8 +198,9 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(settings, tmp_path: Pa
         )
         file = tmp_path / "run.yaml"
         file.write_text(to_yaml(config))
-        where = ["--nproc-per-node", "2", "--max-restarts", "1"]
-        where += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        # Without --standalone, gloo finds the addresses of the dead after a restart and hangs.
+        where = ["--standalone", "--local-addr", "127.0.0.1"]
+        where += ["--nproc-per-node", "2", "--max-restarts", "1"]
         command = [*TORCHRUN, *where, "-m", "shortft", "train", str(file), "--auto-resume"]
         done = subprocess.run(
             command, env={**CPUS, **change}, capture_output=True, text=True, timeout=600

@@ -110,13 +110,12 @@ def draw_curves(
 
     _frame(axes[2], "update", held_out_name)
     _marks(axes[2], eval_updates, _column(log.evaluations, "eval_held_out"), GREEN, "o", "")
+    best = [row["update"] for row in log.evaluations if row.get("best")]
+    for update in best[-1:]:
+        _flag(axes[2], update, " best", GREY, 0.1)
     for row in log.evaluations:
         if row.get("guard"):
-            axes[2].axvline(row["update"], color=ALARM, lw=1.2, ls="--")
-            text = axes[2].annotate(
-                " guard", (row["update"], 0.02), xycoords=("data", "axes fraction")
-            )
-            text.set(color=ALARM, fontsize=8.5, va="bottom")
+            _flag(axes[2], row["update"], " guard", ALARM, 0.02)
     _frame(axes[3], "update", "gradient norm")
     norm = _column(log.updates, "grad_norm")
     _noisy(axes[3], updates, np.where(norm > 0, norm, np.nan), stages, PURPLE, "", log=True)
@@ -225,6 +224,13 @@ def _marks(axis: Axes, x: np.ndarray, y: np.ndarray, colour: str, marker: str, l
         text.set(fontsize=8.5, ha="left" if i == 0 else "right", zorder=5)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     axis.margins(y=0.14)
+
+
+def _flag(axis: Axes, update: int, label: str, colour: str, height: float) -> None:
+    """A dashed line at an update, with its name at this share of the axis's height."""
+    axis.axvline(update, color=colour, lw=1.2, ls="--")
+    text = axis.annotate(label, (update, height), xycoords=("data", "axes fraction"))
+    text.set(color=colour, fontsize=8.5, va="bottom")
 
 
 def _shade_stages(axis: Axes, x: np.ndarray, stages: Sequence[tuple[int, slice]]) -> None:
