@@ -238,16 +238,15 @@ def two_networks():
 
 
 @elastic
-def test_accelerate_launch_on_two_machines(settings, tmp_path: Path, two_networks: None):
+def test_two_machines(settings, tmp_path: Path, two_networks: None):
     config = config_of(settings, updates=3, output_dir=tmp_path / "machines")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     launched = []
     for rank, name in enumerate(NETWORKS):
-        command = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--cpu", "--num_machines", "2", "--num_processes", "2"]
-        command += ["--machine_rank", str(rank), "--main_process_ip", "10.77.0.1"]
-        command += ["--main_process_port", "29517", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", "-m", "shortft", "train", str(tmp_path / "run.yaml")]
+        command = ["ip", "netns", "exec", name, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--node-rank", str(rank), "--rdzv-backend", "c10d", "--rdzv-id", "run"]
+        command += ["--rdzv-endpoint", "10.77.0.1:29517", "--local-addr", f"10.77.0.{rank + 1}"]
+        command += ["-m", "shortft", "train", str(tmp_path / "run.yaml")]
         environment = {**CPUS, "GLOO_SOCKET_IFNAME": "cable"}
         launched.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
