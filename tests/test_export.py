@@ -329,6 +329,6 @@ def test_damage_another_model_and_a_full_disk_are_told_first(
     shutil.copytree(place / "run" / "adapter", cut)
     weights = cut / lora_file(2)
     weights.write_bytes(weights.read_bytes()[:100])
-    assert f"{weights}: damaged" in told(adapter=cut)
+    assert f"{weights}: is not a safetensors file, or its header is damaged" in told(adapter=cut)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "0 MB free, but the export's files take" in told()

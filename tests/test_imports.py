@@ -21,7 +21,8 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "inputs": {"errors", "rewards"},
     "assets": {"errors", "inputs"},
-    "shortcuts": {"assets", "errors"},
+    "shortcuts": {"assets", "errors", "weights_file"},
+    "weights_file": {"errors"},
     "guard": set(),
     "ema": set(),
     "interrupts": {"errors"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "families": {"assets", "errors", "quiet", "schedule"},
     "lora_layers": set(),
     "networks": {"families", "lora_layers", "plans"},
-    "adapter": {"errors", "networks", "plans", "quiet", "schedule"},
+    "adapter": {"errors", "networks", "plans", "quiet", "schedule", "weights_file"},
     "judge": {"errors", "rewards"},
     "step": {"chain", "families", "judge", "networks", "plans", "rewards", "schedule", "seeds"},
 }

@@ -21,6 +21,7 @@ from shortft.networks import activate, lora_name
 from shortft.plans import Placement, adapters_at
 from shortft.quiet import quiet
 from shortft.schedule import cut
+from shortft.weights_file import check_weights_file
 
 if TYPE_CHECKING:
     from shortft.networks import ModelNetworks
@@ -80,7 +81,7 @@ def read_info(directory: Path) -> AdapterInfo:
     """Read ``adapter.json``.
 
     Raises:
-        UserError: if the directory is not an adapter or a newer format.
+        UserError: if the directory is not an adapter, a newer format, or a file of it is damaged.
     """
     path = Path(directory) / "adapter.json"
     try:
@@ -98,6 +99,9 @@ def read_info(directory: Path) -> AdapterInfo:
     missing = [n for n in range(1, info.loras + 1) if not (directory / lora_file(n)).is_file()]
     if missing:
         raise UserError(f"{directory}: {lora_file(missing[0])} is missing; copy the whole adapter")
+    for number in range(1, info.loras + 1):
+        file = Path(directory) / lora_file(number)
+        check_weights_file(str(file), file, "damaged: copy the adapter again, or train again")
     return info
 
 

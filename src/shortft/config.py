@@ -68,7 +68,9 @@ class Config(BaseModel):
     resolution: int | None = Field(
         None,
         ge=8,
-        description="Height and width of the pictures in pixels; none = the model's own.",
+        multiple_of=8,
+        description="Height and width of the pictures in pixels, a multiple of 8; none = the "
+        "model's own.",
     )
     method: str = Field(
         "shortft",

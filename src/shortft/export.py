@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -53,22 +52,6 @@ class Loss:
             f"reward on held-out prompts: base {self.base:.4f}, with the schedule "
             f"{self.scheduled:.4f}, as one plain LoRA {self.plain:.4f}{kept}"
         )
-
-
-def read_loras(adapter: Path, info: AdapterInfo) -> list[dict[str, Tensor]]:
-    """The weights of LoRA 1…k.
-
-    Raises:
-        UserError: if a file is damaged.
-    """
-    states = []
-    for number in range(1, info.loras + 1):
-        path = adapter / lora_file(number)
-        try:
-            states.append(load_file(path))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: damaged ({error}); restore it or train again") from error
-    return states
 
 
 def plain_state(states: list[dict[str, Tensor]], info: AdapterInfo) -> dict[str, Tensor]:
@@ -176,7 +159,7 @@ def export_command(
         raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
     info = read_info(adapter)
     base = model or info.base_model
-    states = read_loras(adapter, info)
+    states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     if kind == "merged":
         needed += size_of(Path(model_path(base)))
@@ -230,15 +213,9 @@ def _loss_note(
     num_prompts: int,
     console: Any,
 ) -> str:
-    try:
-        listed = (
-            read_prompts(prompts_path) if prompts_path else prompts_for(info.base_model, "held_out")
-        )
-    except UserError:
-        return (
-            "What the plain LoRA loses was not measured: give --prompts with prompts that were "
-            "not trained on."
-        )
+    listed = (
+        read_prompts(prompts_path) if prompts_path else prompts_for(info.base_model, "held_out")
+    )
     count = min(num_prompts, len(listed))
     prompts = [listed[i * len(listed) // count] for i in range(count)]
     with console.status(f"measuring on {count} held-out prompts"):

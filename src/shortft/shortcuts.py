@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shortft.assets import EMBEDDED, asset
 from shortft.errors import UserError
+from shortft.weights_file import check_weights_file
 
 BASE_JUMPS = ("none", "plain")  # jumps by the base itself, guided or not
 
@@ -99,10 +100,13 @@ def check_shortcut(option: str, value: str) -> str:
     """Return `value` if it names a shortcut; files on the hub are not looked for yet.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it does not, or the file is damaged.
     """
     known = ("auto", *BASE_JUMPS, *PUBLISHED)
-    if value in known or Path(value).is_file() or _ON_HUB.fullmatch(value):
+    if value not in known and Path(value).is_file():
+        check_weights_file(f"{option} {value}", Path(value), "give a LoRA's .safetensors file")
+        return value
+    if value in known or _ON_HUB.fullmatch(value):
         return value
     near = difflib.get_close_matches(value, known, n=1)
     remedy = "give 'auto', 'none', 'plain' or a LoRA's file"
