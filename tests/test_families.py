@@ -461,3 +461,23 @@ def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
     (models["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "away")
     with pytest.raises(UserError, match="cannot be loaded as a StableDiffusionXLPipeline"):
         load_family(str(models["sdxl"]))
+
+
+def test_a_repository_with_half_precision_weights_only(tmp_path: Path):
+    pipe = tiny("sd")
+    with quiet():
+        pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list(tmp_path.rglob("diffusion_pytorch_model.safetensors"))
+    family = load_family(str(tmp_path / "half"), device="cpu")
+    torch.testing.assert_close(ours(family), theirs(pipe, 16), atol=1e-5, rtol=0)
+
+
+def test_bars_of_downloads_stay():
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    with quiet():
+        assert not hub.are_progress_bars_disabled()
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled()

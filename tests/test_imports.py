@@ -30,7 +30,7 @@ ALLOWED = {
     "plans": {"schedule"},
     "chain": {"plans", "schedule"},
     "metrics": set(),
-    "rewards": {"assets", "errors", "inputs"},
+    "rewards": {"assets", "errors", "inputs", "quiet"},
     "families": {"assets", "errors", "quiet", "schedule"},
     "lora_layers": set(),
     "networks": {"families", "lora_layers", "plans"},

@@ -12,17 +12,21 @@ def quiet() -> Iterator[None]:
     """Hold back progress bars and advice of diffusers and transformers; errors pass.
 
     What they say while a model loads (a missing optional torchvision, a module that stays in
-    fp32) is nothing a user can or should act on.
+    fp32) is nothing a user can or should act on. Bars of downloads stay: they take minutes.
     """
     import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils as hub
     import transformers.utils.logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     bars = transformers_logging.is_progress_bar_enabled()
+    downloads = not hub.are_progress_bars_disabled()
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()  # transformers takes them for its own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

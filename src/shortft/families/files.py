@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,9 +57,21 @@ def load_pipeline(
             index = pipeline_class.load_config(place, revision=revision)
             # Parts that were left out when the model was saved, such as SD3's T5.
             absent = {name: None for name, part in index.items() if part == [None, None]}
-            return pipeline_class.from_pretrained(
-                place, revision=revision, use_safetensors=True, dtype=dtype, **(absent | options)
+            read = functools.partial(
+                pipeline_class.from_pretrained,
+                place,
+                revision=revision,
+                use_safetensors=True,
+                dtype=dtype,
+                **(absent | options),
             )
+            try:
+                return read()
+            except UNREADABLE:
+                # Some repositories hold their weights in half precision only.
+                with contextlib.suppress(*UNREADABLE):
+                    return read(variant="fp16")
+                raise
     except UNREADABLE as error:
         remedy = "give `emoji`, a directory saved by save_pretrained, or a hub id"
         if source.file is not None:

@@ -21,7 +21,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from shortft.assets import asset
 from shortft.errors import UserError
-from shortft.rewards.files import cannot_load, no_progress_bar
+from shortft.quiet import quiet
+from shortft.rewards.files import cannot_load
 from shortft.rewards.places import Place, parse_reward_models
 from shortft.rewards.preprocess import ClipPreprocess
 
@@ -160,7 +161,7 @@ def load_clip_model(
         if model_type not in ("clip", "siglip"):
             raise UserError(f"{place}: is a {model_type} model; give a CLIPModel or SiglipModel")
         kind = CLIPModel if model_type == "clip" else SiglipModel
-        with no_progress_bar():
+        with quiet():
             loaded: Any = kind.from_pretrained(
                 source,
                 revision=revision,

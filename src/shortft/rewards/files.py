@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from shortft.errors import UserError
+from shortft.quiet import quiet
 from shortft.rewards.places import OPTION, Place
 
 _log = logging.getLogger(__name__)
@@ -133,23 +132,11 @@ def build(
                 f"{tuple(weight.shape)}; it is of another architecture"
             )
     weights = {name: state[name].contiguous() for name in wanted}
-    with no_progress_bar():
+    with quiet():
         model: Model = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, **options
         )
     return model
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar while it reads weights; ours stands alone on the terminal."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:
