@@ -240,3 +240,23 @@ def test_a_lora_that_leaves_the_trajectory_is_found_out():
     cond, noise = family.encode(PROMPTS), family.noise([1, 2, 3, 4])
     found = measure(family, jumpers, distiller.schedule, K, cond, noise, Guidance(SCALE))
     assert not better_than_ddim(found)
+
+
+def test_guidance_alone_makes_no_shortcut():
+    """A LoRA that changes next to nothing lands where the base does under the same guidance."""
+    family = tiny_family()
+    distiller = Distiller(
+        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=4
+    )
+    for average in distiller.average.values():
+        average.add_(torch.randn(average.shape, generator=torch.Generator().manual_seed(1)) / 100)
+    guided = Guidance(SCALE)
+    jumpers = [
+        Jumper("style", distiller.averaged(), guided),
+        Jumper("plain DDIM jump", family.denoiser, Guidance()),
+        Jumper("guided DDIM jump", family.denoiser, guided),
+    ]
+    cond, noise = family.encode(PROMPTS), family.noise([1, 2, 3, 4])
+    style, plain, own = measure(family, jumpers, distiller.schedule, K, cond, noise, guided)
+    assert better_than_ddim([style, plain])
+    assert not better_than_ddim([style, plain, own])

@@ -248,7 +248,7 @@ def check(
     prompts: PromptsOption = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
-    """Measure how faithful a shortcut is. Exit code 1 when no better than a plain DDIM jump."""
+    """Measure how faithful a shortcut is. Exit code 1 if no better than DDIM jumps of its cost."""
     if output is not None:
         check_output_dir("--output", output.parent)
     from shortft.shortcut_check import check_command
