@@ -257,7 +257,7 @@ def check_command(
         return 0
     console.print(
         "[bold]The shortcut is no better than DDIM jumps[/bold] that cost no more: it does not "
-        "preserve this model's trajectory. Use another few-step LoRA, train one by `shortft shortcut`, or pass "
-        "`--shortcut none`."
+        "preserve this model's trajectory. Use another few-step LoRA, train one by `shortft "
+        "shortcut`, or pass `--shortcut none`."
     )
     return 1
