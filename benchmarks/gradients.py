@@ -5,9 +5,9 @@
 For a batch of prompts and noise it writes a table and a chart. Per method:
 
 - cosine: angle between the method's gradient (mean over its random draws) and the gradient of the
-  true chain through every call, over the weights that the method trains. ShortFT is measured
-  against its own inference chain, with its stacked LoRAs; the others, the tuned shortcut among
-  them, against the chain with one LoRA at every timestep.
+  true chain through every call, over the weights that the method trains. The true chain is that of
+  the base with LoRAs where the method's act at inference ("full"); for a tuned shortcut, whose own
+  chain is short, the one with a LoRA at every timestep.
 - one draw: the same for one draw, mean over draws: what an update of that batch sees.
 - norm: length of the mean gradient, in units of the true one.
 - gap: mean reward where the method looks, minus the true chain's.
@@ -25,9 +25,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from shortft.drawing.lines import Line, Panel, draw_lines
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
 from shortft.methods import METHODS, make_plan, read_options
-from shortft.methods.catalog import VARIANTS
+from shortft.methods.catalog import variant_settings
 from shortft.networks import ModelNetworks
 from shortft.plans import Placement, Plan, Step, inference_plan
 from shortft.rewards import make_reward
@@ -50,14 +51,30 @@ from shortft.seeds import generator, sample_seed
 from shortft.shortcuts import find_shortcut
 from shortft.step import leap_weight, noise_of_copy, states_of
 
-SHORTFT = (
-    "shortft",
-    "shortft_pinned",
-    "shortft_first_by_shortcut",
-    "shortft_ddim",
-    "shortft_plain_ddim",
-    "shortft_dpm_2",
-)
+# By where LoRAs act at inference: what is measured against the true chain of that placement.
+GROUPS: dict[Placement, tuple[str, ...]] = {
+    "everywhere": (
+        *(name for name in METHODS if name not in ("shortft", "full")),
+        "shortft_everywhere",
+    ),
+    "stacked": (
+        "shortft",
+        "shortft:tail=4",
+        "shortft:tail=13",
+        "shortft_pinned",
+        "shortft_first_by_shortcut",
+        "shortft_ddim",
+        "shortft_plain_ddim",
+        "shortft_dpm_2",
+    ),
+    "segments": ("shortft_segments", "shortft_segments:first_by_shortcut=true"),
+}
+TITLES = {
+    "everywhere": "one LoRA at every timestep",
+    "stacked": "ShortFT's LoRAs",
+    "segments": "LoRAs 1…i at every timestep of segment i",
+}
+STAGED = ("shortft", "shortft_everywhere", "shortft_segments")
 K, STEPS, RANK = 4, 50, 16
 HEAD = ("method", "cosine", "one draw", "norm", "gap", "‖gradient‖ at the latents of")
 
@@ -105,7 +122,7 @@ class Bench:
             self.family,
             guidance=Guidance(self.family.default_guidance_scale),
             shortcut_guidance=Guidance(shortcut.guidance_scale),
-            loras=K if placement == "stacked" else 1,
+            loras=1 if placement == "everywhere" else K,
             rank=info.rank if info else RANK,
             shortcut=shortcut.path,
             merge=not plain,
@@ -202,6 +219,31 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
+def drawn(
+    names: Sequence[str], bench: Bench, options: argparse.Namespace
+) -> Iterator[tuple[str, list[Plan]]]:
+    """Each method's plans: the draws of random ones, and every stage of those with stages."""
+    for name in names:
+        settings: Mapping[str, Any] = variant_settings(name, K)
+        method = settings["method"]
+        values = read_options(method, settings.get("method_options") or {})
+        for stage in range(1, K + 1) if name in STAGED else (1,):
+            plans = [
+                make_plan(
+                    method,
+                    bench.schedule,
+                    K,
+                    stage,
+                    generator(options.seed, 3, i),
+                    values,
+                    timestep_lora=settings.get("timestep_lora", True),
+                )
+                for i in range(options.draws)
+            ]
+            shown = f"{name}, stage {stage}" if stage > 1 else name
+            yield shown, plans if len(set(plans)) > 1 else plans[:1]
+
+
 def mean_norms(found: Sequence[Found]) -> dict[int, float]:
     """By point, over the draws that carry gradient there."""
     points = sorted({point for one in found for point in one.latents})
@@ -227,23 +269,23 @@ def row(name: str, found: Sequence[Found], true: Found, schedule: Schedule) -> s
     return f"| {' | '.join(cells)} |"
 
 
-def chart(path: Path, norms: Mapping[str, Mapping[int, float]], schedule: Schedule) -> Path:
-    """Norms by timestep: full backpropagation and rivals above, ShortFT below."""
-    times = [*schedule.timesteps.tolist(), 0.0]
+def chart(path: Path, groups: Mapping[str, Mapping[str, dict[int, float]]], x: Tensor) -> Path:
+    """Norms by timestep, one panel for each way to place LoRAs, the true chain's drawn wide."""
+    times = [*x.tolist(), 0.0]
+    label = "‖d reward / d latents‖ of one sample"
     panels = []
-    for title, ours in (("one LoRA at every timestep", False), ("ShortFT's stacked LoRAs", True)):
+    for title, norms in groups.items():
         lines = [
-            Line(name, [times[p] for p in found], list(found.values()), strong=name in STRONG)
+            Line(
+                name,
+                [times[p] for p in found],
+                list(found.values()),
+                strong=name == next(iter(norms)),
+            )
             for name, found in norms.items()
-            if name.startswith("shortft") == ours
         ]
-        label = "‖d reward / d latents‖ of one sample"
         panels.append(Panel(lines, "timestep", label, title, log="y", falling_x=True))
     return draw_lines(path, *panels)
-
-
-TRUE = "shortft's true chain"
-STRONG = ("full", TRUE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--reward", default="clip:1,symmetry:8")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=8, help="plans drawn of random methods")
+    parser.add_argument("--draws", type=int, default=4, help="plans drawn of random methods")
     parser.add_argument("--noise", type=float, default=0.01, help="how far the LoRAs are moved")
     parser.add_argument("--adapter", type=Path, action="append", default=[], help="a trained one")
     parser.add_argument("--seed", type=int, default=0)
@@ -261,44 +303,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(options.reward, options.batch, options.noise, options.seed, options.adapter)
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     print("\n".join(lines), flush=True)
-    norms: dict[str, dict[int, float]] = {}
+    groups: dict[str, dict[str, dict[int, float]]] = {}
+    for placement, names in GROUPS.items():
+        nets, inference = bench.networks(placement), inference_plan(bench.schedule, K, placement)
+        states = bench.states(nets, inference)
+        true = bench.found(nets, whole(inference), inference, states)
+        norms = groups.setdefault(TITLES[placement], {})
 
-    def add(name: str, found: Sequence[Found], true: Found) -> None:
-        norms[name] = mean_norms(found)
-        lines.append(row(name, found, true, bench.schedule))
-        print(lines[-1], flush=True)
+        def add(name: str, found: Sequence[Found], true: Found = true, norms: Any = norms) -> None:
+            norms[name] = mean_norms(found)
+            lines.append(row(name, found, true, bench.schedule))
+            print(lines[-1], flush=True)
 
-    nets, everywhere = bench.networks("everywhere"), inference_plan(bench.schedule, K, "everywhere")
-    states = bench.states(nets, everywhere)
-    true = bench.found(nets, whole(everywhere), everywhere, states)
-    add("full", [true], true)
-    for name in [m for m in METHODS if m not in ("shortft", "full")]:
-        values = read_options(name, {})
-        plans = [
-            make_plan(name, bench.schedule, K, 1, generator(options.seed, 3, i), values)
-            for i in range(options.draws)
-        ]
-        if len(set(plans)) == 1:
-            plans = plans[:1]  # it draws nothing
-        add(name, [bench.found(nets, plan, everywhere, states) for plan in plans], true)
-
-    stacked = inference_plan(bench.schedule, K, "stacked")
-    nets, plain = bench.networks("stacked"), bench.networks("stacked", plain=True)
-    states = bench.states(nets, stacked)
-    true = bench.found(nets, whole(stacked), stacked, states)
-    add(TRUE, [true], true)
-    for name in SHORTFT:
-        given = VARIANTS.get(name, {}).get("method_options") or {}
-        values = read_options("shortft", dict(given))  # type: ignore[call-overload]
-        for stage in range(1, K + 1) if name == "shortft" else (1,):
-            draw = generator(options.seed, 3)
-            plan = make_plan("shortft", bench.schedule, K, stage, draw, values)
-            found = [bench.found(plain if "plain" in name else nets, plan, stacked, states)]
-            add(name if stage == 1 else f"{name}, stage {stage}", found, true)
-
+        add(f"full: {TITLES[placement]}", [true])
+        for name, plans in drawn(names, bench, options):
+            used = bench.networks(placement, plain=True) if "plain" in name else nets
+            add(name, [bench.found(used, plan, inference, states) for plan in plans])
     write_atomic(options.output_dir / "gradients.md", ("\n".join(lines) + "\n").encode())
-    chart(options.output_dir / "gradients.png", norms, bench.schedule)
-    text = json.dumps({"norms": norms, "settings": vars(options)}, indent=2, default=str)
+    chart(options.output_dir / "gradients.png", groups, bench.schedule.timesteps)
+    text = json.dumps({"norms": groups, "settings": vars(options)}, indent=2, default=str)
     write_atomic(options.output_dir / "gradients.json", (text + "\n").encode())
     print(options.output_dir)
     return 0

@@ -23,7 +23,7 @@ SEEDS = [3, 4]
 
 def make_adapter(directory: Path, *, placement: Placement = "stacked") -> ModelNetworks:
     family = tiny_family()
-    loras = 4 if placement == "stacked" else 1
+    loras = 4 if placement in ("stacked", "segments") else 1
     nets = ModelNetworks(family, guidance=Guidance(3.0), loras=loras, rank=2)
     randomise_loras(nets, 0.3)
     schedule = family.schedule(10)
@@ -64,7 +64,7 @@ def theirs(pipe, steps: int) -> torch.Tensor:
     return images
 
 
-@pytest.mark.parametrize("placement", ["stacked", "shared", "everywhere"])
+@pytest.mark.parametrize("placement", ["stacked", "shared", "segments", "everywhere"])
 @pytest.mark.parametrize("steps", [10, 17])
 def test_pipeline_equals_our_chain(tmp_path: Path, placement: Placement, steps: int):
     nets = make_adapter(tmp_path, placement=placement)

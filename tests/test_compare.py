@@ -250,13 +250,16 @@ def test_ratios_that_mean_nothing_are_not_given():
 
 
 def test_a_method_may_carry_options(base):
-    spec = Comparison(("draft_k", "draft_k:k=3", "shortft:jump=ddim,pin=true"), ("symmetry",))
-    shop = workshop(base, spec)
+    methods = ("draft_k", "draft_k:k=3", "shortft:jump=ddim,pin=true", "shortft_everywhere:tail=4")
+    shop = workshop(base, Comparison(methods, ("symmetry",)))
     configs = [shop.config(job) for job in shop.jobs() if job.seed == 0]
-    assert [config.method_options.get("k") for config in configs] == [1, 3, None]
+    assert [config.method_options.get("k") for config in configs] == [1, 3, None, None]
     assert configs[2].method_options["jump"] == "ddim"
     assert configs[2].method_options["pin"] is True
-    assert len({config.output_dir for config in configs}) == 3
+    assert configs[3].method_options["tail"] == 4
+    assert configs[3].method_options["loras"] == "segment"  # the variant's own
+    assert not configs[3].timestep_lora
+    assert len({config.output_dir for config in configs}) == 4
     with pytest.raises(UserError, match="--method-options j: unknown to draft_k"):
         workshop(base, Comparison(("draft_k:j=3",), ("symmetry",)))
     with pytest.raises(UserError, match="--methods draft: unknown"):

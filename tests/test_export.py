@@ -332,3 +332,13 @@ def test_damage_another_model_and_a_full_disk_are_told_first(
     assert f"{weights}: is not a safetensors file, or its header is damaged" in told(adapter=cut)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "0 MB free, but the export's files take" in told()
+
+
+def test_a_lora_of_the_few_step_model_is_not_exported(place: Path, tmp_path: Path, capsys):
+    adapter = shutil.copytree(place / "run" / "adapter", tmp_path / "adapter")
+    fields = json.loads((adapter / "adapter.json").read_text())
+    (adapter / "adapter.json").write_text(json.dumps({**fields, "placement": "few_step"}))
+    out = tmp_path / "out"
+    assert main(["export", "--adapter", str(adapter), "--output-dir", str(out)]) == 2
+    assert "use its lora_1.safetensors" in capsys.readouterr().err
+    assert not out.exists()

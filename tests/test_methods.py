@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shortft.chain import run_chain
-from shortft.methods import METHODS, make_plan, read_options
+from shortft.methods import METHODS, make_plan, placement_of, read_options
 from shortft.plans import Plan, Step, inference_plan
 from shortft.schedule import alphas_cumprod, ddim_schedule, flow_schedule, segments
 from shortft.step import leap_weight
@@ -448,13 +448,13 @@ def middle_of(toy: Toy, start: int, stop: int) -> int:
     return min(range(start + 1, stop), key=lambda m: abs(log_snr(toy, m) - half))
 
 
-def true_chain(toy: Toy, parts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """LoRA 1 in all of segment 1, LoRAs 1 … i at the last timestep of segment i."""
+def true_chain(toy: Toy, parts: Sequence[Sequence[int]], loras: str = "last") -> list[Tensor]:
+    """LoRA 1 in all of segment 1, LoRAs 1 … i at the last timestep of segment i, or at all."""
     states = [toy.noise]
     with torch.no_grad():
         for number, part in enumerate(parts, start=1):
             for i in part:
-                policy = number == 1 or i == part[-1]
+                policy = number == 1 or i == part[-1] or loras == "segment"
                 x = states[-1]
                 v = toy.f("policy" if policy else "base", x, i, loras=number)
                 states.append(toy.jump(x, v, i, i + 1))
@@ -468,8 +468,10 @@ def shortft(
     jump: str = "shortcut",
     pin: bool = False,
     first_by_shortcut: bool = False,
+    loras: str = "last",
+    tail: int = 1,
 ) -> Result:
-    rollout = true_chain(toy, parts)
+    rollout = true_chain(toy, parts, loras)
 
     def keep(x: Tensor, i: int) -> Tensor:
         return straight_through(x, rollout[i]) if pin else x
@@ -493,18 +495,32 @@ def shortft(
     x = toy.noise
     for number, part in enumerate(parts, start=1):
         last = part[-1]
+        jumps = number > stage or (first_by_shortcut and stage == 1)
+        if loras == "segment" and jumps:
+            v = toy.f("tuned" if jump == "shortcut" else "policy", x, part[0], loras=number)
+            x = keep(toy.jump(x, v, part[0], last + 1), last + 1)
+            continue
+
+        def walk(
+            x: Tensor, points: Sequence[int], number: int = number, last: int = last
+        ) -> Tensor:
+            for i in points:
+                policy = number == 1 or loras == "segment" or i == last
+                net = "policy" if policy else "base"
+                v = toy.f(net, x, i, loras=number, trains=number >= stage)
+                x = toy.jump(x, v, i, i + 1)
+            return x
+
+        begin = part[-tail:][0] if number == stage and not jumps else last
         if pin and number <= stage:
-            x = rollout[last]
-        elif number > stage or (first_by_shortcut and stage == 1):
+            x = rollout[begin]
+        elif jumps:
             x = over(x, part[0], last) if len(part) > 1 else x
         else:
-            for i, following in itertools.pairwise(part):
-                v = toy.f("policy" if number == 1 else "base", x, i)
-                x = toy.jump(x, v, i, following)
+            x = walk(x, range(part[0], begin))
         if number == stage:
             x = x.detach()
-        v = toy.f("policy", x, last, loras=number, trains=number >= stage)
-        x = toy.jump(x, v, last, last + 1)
+        x = walk(x, range(begin, last + 1))
     return x, toy.scores(x).sum()
 
 
@@ -522,6 +538,18 @@ SHORTFT: list[Choices] = [
     for jump in ("shortcut", "ddim", "ddim_2", "dpm_2")
     for switches in ((), ("pin",), ("first_by_shortcut",), ("pin", "first_by_shortcut"))
 ]
+SHORTFT += [
+    {"jump": "shortcut", "tail": 2},
+    {"jump": "shortcut", "tail": 9, "pin": True},
+    {"jump": "shortcut", "loras": "segment"},
+    {"jump": "shortcut", "loras": "segment", "tail": 2, "pin": True},
+    {"jump": "shortcut", "loras": "segment", "first_by_shortcut": True},
+    {"jump": "ddim", "loras": "segment", "tail": 2},
+]
+
+
+def named(given: Choices) -> str:
+    return " ".join(f"{name}={value}" for name, value in given.items())
 
 
 def defined(kind: Kind, stage: int, given: Choices) -> bool:
@@ -531,7 +559,7 @@ def defined(kind: Kind, stage: int, given: Choices) -> bool:
 
 
 SHORTFT_CASES = [
-    pytest.param(kind, stage, given, id=" ".join([kind, str(stage), given["jump"], *[*given][1:]]))
+    pytest.param(kind, stage, given, id=f"{kind} {stage} {named(given)}")
     for kind in KINDS
     for stage in (1, 2)
     for given in SHORTFT
@@ -549,10 +577,14 @@ def test_shortft_equals_the_definition(kind: Kind, stage: int, given: Choices):
     assert [len(part) for part in parts] == ([2, 3, 4, 3] if kind == "epsilon" else [5, 3, 2, 2])
     assert plan.needs_rollout == bool(given.get("pin"))
     expected = shortft(toy, parts, stage, **given)
-    rollout = rollout_of(toy, inference_plan(toy.schedule, K)) if plan.needs_rollout else []
+    rollout = rollout_of(toy, inference_of(toy, options)) if plan.needs_rollout else []
     assert_same(toy, run_plan(toy, plan, rollout), expected)
     if plan.needs_rollout:
         torch.testing.assert_close(expected[0], rollout[N], rtol=0, atol=1e-12)
+
+
+def inference_of(toy: Toy, options: Choices) -> Plan:
+    return inference_plan(toy.schedule, K, placement_of("shortft", options))
 
 
 def rollout_of(toy: Toy, plan: Plan) -> list[Tensor]:
@@ -573,6 +605,9 @@ def test_the_inference_chain_is_the_definitions():
     toy = shortft_toy(1)
     ours = torch.stack(rollout_of(toy, inference_plan(toy.schedule, K)))
     expected = torch.stack(true_chain(toy, segments(toy.schedule, K)))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.stack(rollout_of(toy, inference_plan(toy.schedule, K, "segments")))
+    expected = torch.stack(true_chain(toy, segments(toy.schedule, K), "segment"))
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     everywhere = torch.stack(rollout_of(toy, inference_plan(toy.schedule, K, "everywhere")))
     torch.testing.assert_close(everywhere, torch.stack(toy.rollout()), rtol=1e-12, atol=1e-12)
@@ -652,17 +687,44 @@ def test_only_the_stated_calls_keep_a_graph(method: str, given: Choices, kind: K
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    "given", SHORTFT, ids=[" ".join([given["jump"], *[*given][1:]]) for given in SHORTFT]
-)
+@pytest.mark.parametrize("given", SHORTFT, ids=map(named, SHORTFT))
 def test_only_shortfts_stated_calls_keep_a_graph(given: Choices, stage: int):
     toy = shortft_toy(stage)
     options = read_options("shortft", given)
     plan = make_plan("shortft", toy.schedule, K, stage, torch.Generator(), options)
-    rollout = rollout_of(toy, inference_plan(toy.schedule, K)) if plan.needs_rollout else []
+    rollout = rollout_of(toy, inference_of(toy, options)) if plan.needs_rollout else []
     assert count_calls(toy, plan, rollout) == (plan.calls, plan.grad_calls)
     two = given["jump"] in ("ddim_2", "dpm_2")
-    assert plan.grad_calls == (K - stage + 1) + (K - stage) * (2 if two else 1)
+    everywhere = given.get("loras") == "segment"
+    after = 1 if everywhere else 3 if two else 2  # calls per later segment
+    own = min(given.get("tail", 1), [2, 3, 4, 3][stage - 1])
+    if not everywhere and stage > 1:
+        own = 1  # the last timestep alone has LoRAs
+    assert plan.grad_calls == own + (K - stage) * after
+
+
+@pytest.mark.parametrize("jump", ["shortcut", "ddim"])
+def test_one_lora_everywhere_jumps_along(jump: str):
+    """As `tune_shortcut` in stage 1 by jumps alone, but run by the base's chain."""
+    toy = Toy("epsilon")
+    given = {"loras": "segment", "first_by_shortcut": True, "jump": jump}
+    options = read_options("shortft", given)
+    assert placement_of("shortft", options, timestep_lora=False) == "everywhere"
+    plan = make_plan("shortft", toy.schedule, K, 1, torch.Generator(), options, timestep_lora=False)
+    few = make_plan("tune_shortcut", toy.schedule, K, 1, torch.Generator(), {})
+    assert plan.trainable == (1,)
+    if jump == "shortcut":
+        assert plan == few
+    else:
+        assert [(s.start, s.stop) for s in plan.steps] == [(s.start, s.stop) for s in few.steps]
+        assert {s.net for s in plan.steps} == {"policy"}
+
+
+@pytest.mark.parametrize("jump", ["ddim_2", "dpm_2"])
+def test_jumps_that_cannot_carry_loras_are_refused(jump: str):
+    options = read_options("shortft", {"loras": "segment", "jump": jump})
+    with pytest.raises(ValueError, match="loras=segment jumps by"):
+        make_plan("shortft", Toy("epsilon").schedule, K, 1, torch.Generator(), options)
 
 
 @pytest.mark.parametrize(

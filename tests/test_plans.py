@@ -72,7 +72,7 @@ def test_one_shared_lora_acts_at_the_same_places():
     )
     assert [bool(n) for n in own] == [bool(n) for n in shared]
     assert set(shared) == {0, 1}
-    assert shortft_plan(SD15, 4, 2, timestep_lora=False).trainable == (1,)
+    assert shortft_plan(SD15, 4, 2, placement="shared").trainable == (1,)
 
 
 def test_gradient_mask_follows_the_inputs():

@@ -33,7 +33,7 @@ from shortft.inputs import (
     read_prompts,
     read_text,
 )
-from shortft.methods.catalog import METHODS, read_options
+from shortft.methods.catalog import METHODS, parse_options, read_options
 from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import scorers
@@ -460,17 +460,8 @@ def _from_text(name: str, value: object) -> object:
     if name == "stage_shares" and isinstance(value, str):
         return value.split(",")
     if name == "method_options" and isinstance(value, str):
-        return _pairs(value)
+        return parse_options(value)
     return value
-
-
-def _pairs(text: str) -> dict[str, str]:
-    """'k=2,alpha=0.3' as a mapping."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    for name, equals, value in pairs:
-        if not (name.strip() and equals and value.strip()):
-            raise UserError(f"--method-options {text}: write name=value, such as 'k=2,alpha=0.3'")
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _bad_value(name: str, value: object, wrong: str, remedy: str) -> UserError:

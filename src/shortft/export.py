@@ -158,6 +158,11 @@ def export_command(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
     info = read_info(adapter)
+    if info.placement == "few_step":
+        raise UserError(
+            f"{adapter}: is a LoRA of the few-step model and means little on the base; use its "
+            f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
+        )
     base = model or info.base_model
     states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured

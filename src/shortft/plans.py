@@ -10,7 +10,7 @@ from typing import Literal
 from shortft.schedule import Schedule, segments
 
 Net = Literal["base", "shortcut", "policy", "cached"]
-Placement = Literal["stacked", "shared", "everywhere", "few_step"]
+Placement = Literal["stacked", "shared", "segments", "everywhere", "few_step"]
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def adapters_at(
 
     stacked: ShortFT's; at the last timestep of segment i LoRAs 1…i, in the first segment LoRA 1
     at every timestep, elsewhere none. shared: one LoRA at the same places (the paper's ablation
-    "w/o T-LoRA"). everywhere: one LoRA at every timestep, as in ordinary fine-tuning. few_step:
-    one LoRA at every timestep of the few-step model.
+    "w/o T-LoRA"). segments: LoRAs 1…i at every timestep of segment i. everywhere: one LoRA at
+    every timestep, as in ordinary fine-tuning. few_step: one LoRA at every timestep of the
+    few-step model.
 
     Returns:
         N counts, one per timestep.
@@ -129,8 +130,8 @@ def adapters_at(
         return (1,) * sum(map(len, parts))
     counts = [0] * sum(map(len, parts))
     for number, part in enumerate(parts, start=1):
-        active = number if placement == "stacked" else 1
-        for index in part if number == 1 else part[-1:]:
+        active = 1 if placement == "shared" else number
+        for index in part if number == 1 or placement == "segments" else part[-1:]:
             counts[index] = active
     return tuple(counts)
 

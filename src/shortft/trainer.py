@@ -102,7 +102,9 @@ class Trainer:
             self.family.encode_ahead([*self.prompts, *self.sample_prompts])
         self.schedule: Schedule = self.family.schedule(config.num_steps)
         check_segments(self.schedule, config.segments)
-        self.placement = placement_of(config.method, timestep_lora=config.timestep_lora)
+        self.placement = placement_of(
+            config.method, config.method_options, timestep_lora=config.timestep_lora
+        )
         self.inference = inference_plan(self.schedule, config.segments, self.placement)
         self.stages = config.segments if method.by_segment else 1
         for stage in range(1, self.stages + 1):
@@ -116,7 +118,7 @@ class Trainer:
             shortcut_guidance=Guidance(
                 config.shortcut_guidance_scale or shortcut.guidance_scale, config.guidance_grad
             ),
-            loras=config.segments if self.placement == "stacked" else 1,
+            loras=config.segments if self.placement in ("stacked", "segments") else 1,
             rank=config.rank,
             seed=config.seed,
             shortcut=shortcut.path,

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Method", "Option", "make_plan", "placement_of", "read_options"]
 
 
-def placement_of(method: str, *, timestep_lora: bool = True) -> Placement:
+def placement_of(
+    method: str, options: Mapping[str, Any], *, timestep_lora: bool = True
+) -> Placement:
     """Where a method's LoRAs act at inference."""
-    placement = METHODS[method].placement
-    return "shared" if placement == "stacked" and not timestep_lora else placement
+    if not METHODS[method].by_segment:
+        return METHODS[method].placement
+    if options["loras"] == "segment":
+        return "segments" if timestep_lora else "everywhere"
+    return "stacked" if timestep_lora else "shared"
 
 
 def make_plan(
@@ -52,7 +57,9 @@ def make_plan(
         values = dict(options)
         if values["jump"] == "auto":
             values["jump"] = "shortcut" if shortcut else "ddim"
-        return shortft_plan(schedule, k, stage, timestep_lora=timestep_lora, **values)
+        placement = placement_of(method, values, timestep_lora=timestep_lora)
+        del values["loras"]
+        return shortft_plan(schedule, k, stage, placement=placement, **values)
     if METHODS[method].few_step:
         return few_step_plan(schedule, k)
     make = getattr(suffix, method, None) or getattr(surrogate, method)

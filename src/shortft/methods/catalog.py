@@ -88,6 +88,18 @@ METHODS: dict[str, Method] = {
             "first_by_shortcut": Option(
                 False, "stage 1 jumps over segment 1 too, so that the chain has 2k calls (ours)"
             ),
+            "loras": Option(
+                "last",
+                "where LoRA i acts: at the last timestep of segment i, the first LoRA in all of "
+                "segment 1 (the paper), or at every timestep of segment i, jumps included (ours)",
+                choices=("last", "segment"),
+            ),
+            "tail": Option(
+                1,
+                "timesteps at the end of the stage's own segment that train, where LoRAs act: "
+                "where the gradient starts; 1 in the paper",
+                low=1,
+            ),
         },
         placement="stacked",
     ),
@@ -178,6 +190,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shortft_no_stages": {"stage_shares": "first"},
     "shortft_pinned": {"method_options": {"pin": True}, "stage_shares": "first"},
     "shortft_first_by_shortcut": {"method_options": {"first_by_shortcut": True}},
+    "shortft_segments": {"method_options": {"loras": "segment"}},
+    "shortft_everywhere": {"method_options": {"loras": "segment"}, "timestep_lora": False},
     "shortft_plain_ddim": {"shortcut": "plain"},
     "shortft_ddim": {"method_options": {"jump": "ddim"}},
     "shortft_ddim_2": {"method_options": {"jump": "ddim_2"}},
@@ -202,10 +216,24 @@ def variant_settings(name: str, segments: int) -> dict[str, object]:
         raise UserError(f"--methods {name}: unknown; {remedy}")
     settings: dict[str, object] = {"method": "shortft", **VARIANTS.get(name, {"method": name})}
     if options:
-        settings["method_options"] = options
+        own: dict[str, object] = settings.get("method_options", {})  # type: ignore[assignment]
+        settings["method_options"] = {**own, **parse_options(options)}
     if settings.get("stage_shares") == "first":
         settings["stage_shares"] = [1.0] + [0.0] * (segments - 1)
     return settings
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """'k=2,alpha=0.3' as a mapping.
+
+    Raises:
+        UserError: if a part is not name=value.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise UserError(f"--method-options {text}: write name=value, such as 'k=2,alpha=0.3'")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def read_options(method: str, given: Mapping[str, object]) -> dict[str, Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shortft.plans import Placement, Plan, Step, adapters_at, inference_plan
+from shortft.plans import Net, Placement, Plan, Step, adapters_at, inference_plan
 from shortft.schedule import Schedule, segments
 
 
@@ -13,10 +13,11 @@ def shortft_plan(
     k: int,
     stage: int,
     *,
-    timestep_lora: bool = True,
+    placement: Placement = "stacked",
     jump: str = "shortcut",
     pin: bool = False,
     first_by_shortcut: bool = False,
+    tail: int = 1,
 ) -> Plan:
     """ShortFT's chain of one stage (arXiv 2507.22604 §3.2–3.4).
 
@@ -27,36 +28,46 @@ def shortft_plan(
     Args:
         k: number of segments.
         stage: 1…k; stage k is exactly the chain of inference.
-        timestep_lora: one LoRA per segment, or one shared LoRA (number 1).
+        placement: where LoRAs act, see `plans.adapters_at`; if at every timestep, a jump carries
+            them over the whole segment, and no LoRA step follows it.
         jump: "shortcut", or without training "ddim" (one step of the base), "ddim_2" (two) or
             "dpm_2" (two steps of DPM-Solver++(2M)).
         pin: everything before the gradient is taken from a rollout of the inference chain, and
             jumps land on its values (straight-through).
         first_by_shortcut: in stage 1 jump over segment 1 too.
+        tail: last timesteps of segment `stage` that train, where LoRAs act there.
 
     Raises:
-        ValueError: for a stage outside 1…k.
+        ValueError: for a stage outside 1…k, or a jump that cannot carry LoRAs.
     """
     if not 1 <= stage <= k:
         raise ValueError(f"stage must lie in 1…{k}, got {stage}")
     parts = segments(schedule, k)
-    placement: Placement = "stacked" if timestep_lora else "shared"
     counts = adapters_at(parts, placement)
+    everywhere = placement in ("segments", "everywhere")
+    if everywhere and jump not in ("shortcut", "ddim"):
+        raise ValueError(f"loras=segment jumps by shortcut or ddim, not by {jump}")
     steps: list[Step] = []
+    net: Net
     for number, part in enumerate(parts, start=1):
         *walk, last = part
-        if walk and (number > stage or (first_by_shortcut and stage == number == 1)):
+        jumps = number > stage or (first_by_shortcut and stage == number == 1)
+        if jumps and everywhere:
+            net = "shortcut" if jump == "shortcut" else "policy"
+            steps.append(Step(part[0], last + 1, net, counts[last], trains=True, pin=pin))
+            continue
+        if jumps and walk:
             steps += jump_steps(schedule, walk[0], last, jump, pin=pin)
-        elif pin:
-            steps += [Step(i, i + 1, "cached", pin=True) for i in walk]
-        else:
-            steps += [Step(i, i + 1, "policy" if counts[i] else "base", counts[i]) for i in walk]
-        if number < stage and pin:
-            steps.append(Step(last, last + 1, "cached", pin=True))
-        else:
-            trains = number >= stage
-            steps.append(Step(last, last + 1, "policy", counts[last], trains=trains))
-    trainable = tuple(range(stage, k + 1)) if timestep_lora else (1,)
+            walk = []
+        trained = (*walk, last)[-tail:] if number == stage else (last,) if number > stage else ()
+        for i in (*walk, last):
+            trains = i in trained and counts[i] > 0
+            if pin and not trains:
+                steps.append(Step(i, i + 1, "cached", pin=True))
+            else:
+                net = "policy" if counts[i] else "base"
+                steps.append(Step(i, i + 1, net, counts[i], trains=trains))
+    trainable = tuple(range(stage, k + 1)) if placement in ("stacked", "segments") else (1,)
     return Plan(tuple(steps), trainable)
 
 
