@@ -14,7 +14,7 @@ from shortft.cli import main
 from shortft.config import Config, load_config, option_name
 from shortft.errors import Stopped
 
-COMMANDS = ["train", "plan", "sample", "evaluate", "check", "shortcut", "demo"]
+COMMANDS = ["train", "plan", "sample", "evaluate", "check", "shortcut", "demo", "doctor"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -110,14 +110,20 @@ def train(
         bool, typer.Option("--allow-change", help="Resume although settings changed.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the complete configuration and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the configuration, draw the chain, check everything, and stop."
+        ),
     ] = False,
     **options: object,
 ) -> None:
     """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
     config = _config(config_file, options)
     if dry_run:
-        print(to_yaml(config), end="")
+        print(to_yaml(config), end="", flush=True)
+        from shortft.preflight.dry_run import dry_run as check_run
+
+        check_run(config, resume=resume)
         return
     from shortft.train import train
 
@@ -428,6 +434,14 @@ def demo(
     from shortft.demo import demo
 
     demo(output_dir=output_dir, reward=reward, minutes=minutes, seed=seed)
+
+
+@app.command()
+def doctor() -> int:
+    """Tell what this machine can run: versions, devices, disk, hub, recipes. Loads no model."""
+    from shortft.doctor import doctor
+
+    return doctor()
 
 
 def _config(path: Path | None, options: dict[str, object]) -> Config:

@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shortft.config import Config
+from shortft.cost import Cost, Kept
 from shortft.families.base import Conditioning
 from shortft.methods import METHODS
-from shortft.plans import Plan, Step
+from shortft.plans import Step
 from shortft.schedule import segments
 from shortft.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds and bytes of single calls at a run's micro-batch size, measured once.
-
-    Attributes:
-        forward: seconds of a call without gradient (guided base).
-        gradient: seconds of a call with gradient, forward and backward (guided policy).
-        decode: seconds of decoding and scoring with gradient.
-        call_bytes: activations that a call with gradient keeps.
-        decode_bytes: activations that decoding and scoring keep.
-        steps: calls of a whole rollout.
-    """
-
-    forward: float
-    gradient: float
-    decode: float
-    call_bytes: int
-    decode_bytes: int
-    steps: int
-
-    def seconds(self, plan: Plan, *, recompute: bool) -> float:
-        """Of one micro-batch."""
-        again = self.forward * plan.grad_calls if recompute else 0.0
-        without = self.forward * (plan.calls - plan.grad_calls)
-        if plan.needs_rollout:
-            without += self.forward * self.steps
-        return without + self.gradient * plan.grad_calls + again + self.decode
-
-    def activation_bytes(self, plan: Plan, *, recompute: bool) -> int:
-        """Activations held at the peak of one micro-batch."""
-        kept = 1 if recompute else plan.grad_calls
-        return self.call_bytes * kept + self.decode_bytes
 
 
 def measure_cost(trainer: Trainer) -> Cost:
@@ -75,7 +41,8 @@ def measure_cost(trainer: Trainer) -> Cost:
     for action in (forward, gradient, decode):
         action()
         _wait(trainer)
-        kept = _Kept()
+        alive = (thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter)
+        kept = Kept(alive)
         began = time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             action()
@@ -95,26 +62,6 @@ def _wait(trainer: Trainer) -> None:
     """Let the GPU finish, so that the clock shows work and not launches."""
     if trainer.family.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-class _Kept:
-    """Adds up the distinct storages that a graph keeps, weights left out."""
-
-    def __init__(self) -> None:
-        # By storage: a linear layer keeps a transposed view of its weight.
-        alive = (thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter))
-        self.seen = {weight.untyped_storage().data_ptr() for weight in alive}
-        self.total = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 def show_plan(config: Config, png: Path | None = None) -> None:

@@ -129,6 +129,41 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
     """
     if name in BASE_JUMPS:
         return Shortcut(None)
+    known = check_fits(model, name, segments)
+    on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
+    if name in PUBLISHED:
+        path = fetch(name, PUBLISHED[name].repo, PUBLISHED[name].file, None)
+    elif on_hub:
+        path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
+    elif name != "auto":
+        path = Path(name)
+    else:
+        path = asset("shortcut", "shortcut.safetensors")
+    if known is not None:
+        return Shortcut(path, known.guidance_scale, known.scale)
+    if not path.is_file():
+        raise UserError(f"--shortcut {name}: no such file; make one by `shortft shortcut`")
+    return Shortcut(path, own_guidance(path))
+
+
+def check_fits(model: str, name: str, segments: int) -> Published | None:
+    """Whether a shortcut is made for a model's chain, as far as its name tells.
+
+    Args:
+        segments: of the chain; most published shortcuts fit one number only.
+
+    Returns:
+        The published shortcut that it is, or a copy of; None for any other.
+
+    Raises:
+        UserError: if it fits other segments, or ``auto`` has none for the model.
+    """
+    if name == "auto" and model != EMBEDDED:
+        raise UserError(
+            f"--shortcut auto: no shortcut ships for {model}; give a few-step LoRA file (make one "
+            "by `shortft shortcut`), a published one such as "
+            f"{', '.join(list(PUBLISHED)[:3])}, or `none` for DDIM jumps"
+        )
     on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
     known = PUBLISHED.get(name) or _published(*(on_hub.groups()[:2] if on_hub else (None, name)))
     if known is not None and known.steps not in (None, segments):
@@ -136,25 +171,7 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
             f"--segments {segments}: {name} was distilled for {known.steps} steps; use "
             f"--segments {known.steps}"
         )
-    if name in PUBLISHED:
-        path = fetch(name, PUBLISHED[name].repo, PUBLISHED[name].file, None)
-    elif on_hub:
-        path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
-    elif name != "auto":
-        path = Path(name)
-    elif model == EMBEDDED:
-        path = asset("shortcut", "shortcut.safetensors")
-    else:
-        raise UserError(
-            f"--shortcut auto: no shortcut ships for {model}; give a few-step LoRA file (make one "
-            "by `shortft shortcut`), a published one such as "
-            f"{', '.join(list(PUBLISHED)[:3])}, or `none` for DDIM jumps"
-        )
-    if known is not None:
-        return Shortcut(path, known.guidance_scale, known.scale)
-    if not path.is_file():
-        raise UserError(f"--shortcut {name}: no such file; make one by `shortft shortcut`")
-    return Shortcut(path, own_guidance(path))
+    return known
 
 
 def _published(repo: str | None, file: str) -> Published | None:

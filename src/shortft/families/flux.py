@@ -33,6 +33,7 @@ class Flux(PipelineFamily):
     name = "flux"
     pipeline_class = FluxPipeline
     part = "transformer"
+    prompt_tokens = 512
     guidance_scale = 3.5  # as in the pipeline
     prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "text_encoder": ("text_encoders.clip_l.",),

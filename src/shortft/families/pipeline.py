@@ -32,6 +32,7 @@ class PipelineFamily:
         load_options: for `from_pretrained`.
         prefixes: text encoder → how its keys start in a single file of the original layout.
         text_in_fp32: keep the text encoders in fp32 whatever the precision.
+        prompt_tokens: length of a prompt's embeddings.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PipelineFamily:
     load_options: ClassVar[dict[str, Any]] = {}
     prefixes: ClassVar[dict[str, tuple[str, ...]]]
     text_in_fp32: ClassVar[bool] = False
+    prompt_tokens: ClassVar[int] = 77
     resolution: int
     lora_targets: tuple[str, ...]
     shortcut_targets: tuple[str, ...]

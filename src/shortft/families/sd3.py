@@ -29,6 +29,7 @@ class StableDiffusion3(PipelineFamily):
     name = "sd3"
     pipeline_class = StableDiffusion3Pipeline
     part = "transformer"
+    prompt_tokens = 77 + 256  # CLIP's and T5's
     guidance_scale = 7.0  # as in the pipeline
     prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "text_encoder": ("text_encoders.clip_l.",),

@@ -9,6 +9,20 @@ import yaml
 
 from shortft.errors import UserError
 
+# GB of GPU memory that each takes, as `shortft train RECIPE --dry-run` estimates; a test compares.
+MEMORY_GB = {
+    "emoji": 1.6,
+    "sd15-hps": 55,
+    "sd15-hps-24gb": 15,
+    "sd15-pick": 55,
+    "sdxl-hps": 56,
+    "sdxl-hps-24gb": 24,
+    "sd3-pick": 46,
+    "sd3-pick-24gb": 19,
+    "flux-hps": 68,
+    "paper": 51,
+}
+
 
 def recipe_names() -> list[str]:
     folder = resources.files("shortft.recipes")

@@ -1,0 +1,200 @@
+"""`shortft train --dry-run`: everything that can be told and checked before the first slow step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from shortft.config import Config
+from shortft.drawing.plan_text import plan_text
+from shortft.drawing.progress import memory_text
+from shortft.errors import UserError
+from shortft.inputs import read_prompts
+from shortft.methods import METHODS
+from shortft.preflight import machine
+from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
+from shortft.preflight.places import configurations, needed
+from shortft.schedule import segments
+from shortft.shortcuts import check_fits
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        what: it is.
+        found: in words.
+        problem: the error message, or None where it is fine.
+    """
+
+    what: str
+    found: str
+    problem: str | None = None
+
+
+def dry_run(config: Config, *, resume: bool = False) -> None:
+    """Draw the chain, estimate memory and time, check what the run needs; loads no model.
+
+    Raises:
+        UserError: the first thing that would stop the run.
+    """
+    console = Console(stderr=True, width=80)  # the configuration alone goes to standard output
+    device = machine.devices()[0]
+    folder = configurations(config.model)
+    checks = [*check_places(config), check_prompts(config), check_output(config, resume=resume)]
+    found: Estimate | None = None
+    if folder is None:
+        checks.append(Check("memory", "not estimated: the model's size is known once it is here"))
+    else:
+        speed = measure_speed(device.kind, config.precision)
+        found = estimate(config, folder, gpu=device.kind == "cuda", speed=speed)
+        checks += [check_memory(config, found, device), check_disk(config, found)]
+        draw(console, config, found)
+    show(console, checks)
+    for check in checks:
+        if check.problem is not None:
+            raise UserError(check.problem)
+    console.print("Nothing stands in the way.", highlight=False)
+
+
+def check_places(config: Config) -> list[Check]:
+    """The model, decoder, shortcut and rewards: on this machine, or to be downloaded."""
+    check_fits(config.model, config.shortcut, config.segments)
+    checks, missing = [], 0.0
+    for place in needed(config):
+        text = f"{place.name}, on this machine"
+        problem = None
+        if place.download_gb:
+            missing += place.download_gb
+            text = f"{place.name}, to be downloaded, about {place.download_gb:.2g} GB"
+            if machine.hub_is_off():
+                problem = (
+                    f"{place.name} ({place.role}): not in the hub's cache, and HF_HUB_OFFLINE "
+                    "forbids downloads; unset it, or give a local copy"
+                )
+        checks.append(Check(place.role, text, problem))
+    if missing:
+        free = machine.free_disk(machine.hub_cache())
+        text = f"{missing:.3g} GB to download, {memory_text(free)} free in {machine.hub_cache()}"
+        full = (
+            f"{machine.hub_cache()}: {memory_text(free)} free, but downloads take about "
+            f"{missing:.3g} GB; free some space, or set HF_HOME to another disk"
+        )
+        checks.append(Check("downloads", text, full if free < missing * GB else None))
+    return checks
+
+
+def check_prompts(config: Config) -> Check:
+    from shortft.assets import prompts_for
+
+    if config.prompts is None:
+        return Check("prompts", f"{len(prompts_for(config.model, 'train'))} that ship")
+    return Check("prompts", f"{len(read_prompts(config.prompts))} in {config.prompts}")
+
+
+def check_output(config: Config, *, resume: bool) -> Check:
+    root = config.output_dir
+    if (root / "checkpoints").exists() == resume:
+        return Check("output", f"{root}" + (", holds the run to continue" if resume else ""))
+    if resume:
+        return Check("output", str(root), f"--output-dir {root}: holds no run to --resume")
+    return Check(
+        "output",
+        f"{root}, holds a run",
+        f"--output-dir {root}: holds a run; pass --resume to continue it, or name another one",
+    )
+
+
+def check_memory(config: Config, found: Estimate, device: machine.Device) -> Check:
+    text = (
+        f"about {memory_text(found.peak)} of {memory_text(device.total)} ({device.name}), "
+        f"{config.precision}"
+    )
+    if config.precision == "bf16" and not device.bf16:
+        problem = f"--precision bf16: {device.name} does not compute in it; give --precision fp32"
+        return Check("memory", text, problem)
+    if found.peak <= device.total:
+        return Check("memory", text)
+    largest = max(found.parts, key=lambda name: found.parts[name])
+    return Check(
+        "memory",
+        text,
+        f"--model {config.model}: the run takes about {memory_text(found.peak)}, {device.name} has "
+        f"{memory_text(device.total)}; most of it is {largest} "
+        f"({memory_text(found.parts[largest])}): {advice(config)}",
+    )
+
+
+def advice(config: Config) -> str:
+    """What saves most and is not in use yet."""
+    ways = []
+    if not config.recompute:
+        ways.append("--recompute")
+    if config.guidance_grad == "both":
+        ways.append("--guidance-grad positive")
+    if config.accumulation < config.batch_size:
+        ways.append(f"--accumulation {config.batch_size}")
+    if config.decoder is None:
+        ways.append("--decoder with a small one")
+    if not config.encode_ahead:
+        ways.append("--encode-ahead")
+    if config.precision == "fp32":
+        ways.append("--precision bf16")
+    if config.merge:
+        ways.append("--no-merge")
+    return "try " + ", ".join(ways) if ways else "take a smaller --rank or --resolution"
+
+
+def check_disk(config: Config, found: Estimate) -> Check:
+    # Weights and two moments of a checkpoint, of 16 bytes per LoRA number in memory.
+    size = found.parts["LoRAs, gradients, optimizer"] * 12 // 16
+    needed_bytes = size * (config.keep_checkpoints + 1)
+    free = machine.free_disk(config.output_dir)
+    text = f"checkpoints take {memory_text(needed_bytes)}, {memory_text(free)} free"
+    if free >= needed_bytes:
+        return Check("disk", text)
+    return Check(
+        "disk",
+        text,
+        f"--output-dir {config.output_dir}: {memory_text(free)} free, but the run's checkpoints "
+        f"take {memory_text(needed_bytes)}; free some space, lower --keep-checkpoints, or name "
+        "another directory",
+    )
+
+
+def draw(console: Console, config: Config, found: Estimate) -> None:
+    """The chain of every stage with its estimate, and the memory by what it is for."""
+    times = found.schedule.timesteps.tolist()
+    by_segment = METHODS[config.method].by_segment
+    parts = segments(found.schedule, config.segments) if by_segment else ()
+    for number, plan in enumerate(found.stages, start=1):
+        name = f"stage {number}" if by_segment else f"{config.method}, update 0"
+        console.print(plan_text(plan, times, parts, name, legend=number == len(found.stages)))
+        held = found.cost.activation_bytes(plan, recompute=config.recompute)
+        seconds = found.cost.seconds(plan, recompute=config.recompute) * config.accumulation
+        note = f"roughly {seconds:.2g} s per update, {memory_text(held)} of activations\n"
+        console.print(note, style="dim", highlight=False)
+    table = Table("memory", "about", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name, size in found.parts.items():
+        if size:
+            table.add_row(name, memory_text(size))
+    table.add_row("in all, with a fifth and 1 GB on top", memory_text(found.peak), style="bold")
+    console.print(table, highlight=False)
+    console.print(
+        "Counted on an empty copy of the networks; the time from one matrix product on this "
+        "machine, so it may be off by several times. `shortft plan` measures with the real "
+        "model.\n",
+        style="dim",
+        highlight=False,
+    )
+
+
+def show(console: Console, checks: list[Check]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for check in checks:
+        mark = "[green]ok[/]" if check.problem is None else "[bold red]no[/]"
+        table.add_row(mark, check.what, check.found)
+    console.print(table, highlight=False)

@@ -1,0 +1,206 @@
+"""Memory and time of a run, counted on an empty copy of its networks. Nothing is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from shortft.config import Config
+from shortft.cost import Cost, Kept
+from shortft.families.base import Guidance
+from shortft.families.pipeline import PipelineFamily
+from shortft.methods import METHODS, make_plan, placement_of
+from shortft.plans import Plan
+from shortft.preflight.outline import (
+    as_if_real,
+    blank_prompt,
+    empty_family,
+    encoder_parameters,
+    parameters,
+)
+from shortft.preflight.places import specs
+from shortft.rewards.spec import parse_reward_spec
+from shortft.schedule import Schedule
+from shortft.seeds import generator
+
+# Parameters in millions, and GB of activations per picture, of reward models in fp32, which is how
+# training runs them, counted on empty models of the same configuration (ImageReward: about).
+REWARD_MODELS = {
+    "clip": (427.6, 0.36),  # a ViT-L/14
+    "pickscore": (986.1, 0.43),
+    "hpsv2": (986.1, 0.43),
+    "hpsv2.1": (986.1, 0.43),
+    "imagereward": (447.0, 0.5),
+    "aesthetic": (428.5, 0.36),
+}
+GB = 10**9
+ON_TOP = 1.2  # fragments, kernels' workspace, norms that a GPU runs in fp32
+FIXED = 1 * GB  # CUDA's context and libraries, or Python's
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        parts: bytes by what they are, at the peak of training.
+        encoding: bytes while prompts are encoded ahead, text encoders included.
+        cost: seconds and bytes of single calls.
+        stages: the plan of each stage.
+        schedule: of the chain.
+        speed: operations per second that the time was computed with.
+    """
+
+    parts: dict[str, int]
+    encoding: int
+    cost: Cost
+    stages: list[Plan]
+    schedule: Schedule
+    speed: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak, with what comes on top."""
+        return max(int(sum(self.parts.values()) * ON_TOP), self.encoding) + FIXED
+
+
+def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estimate:
+    """Count what a run of `config` takes per process.
+
+    Args:
+        folder: the model's configurations in diffusers' layout.
+        gpu: count for a GPU.
+        speed: operations per second, see `measure_speed`.
+
+    Raises:
+        UserError: the model's configuration or the chain does not fit.
+    """
+    family = empty_family(
+        folder,
+        precision=config.precision,
+        resolution=config.resolution,
+        tiny_decoder=config.decoder is not None,
+        gpu=gpu,
+    )
+    schedule = family.schedule(config.num_steps)
+    by_segment = METHODS[config.method].by_segment
+    stages = [
+        make_plan(
+            config.method,
+            schedule,
+            config.segments,
+            stage,
+            generator(config.seed, 6, 0),
+            config.method_options,
+            timestep_lora=config.timestep_lora,
+            shortcut=config.shortcut != "none",
+        )
+        for stage in range(1, (config.segments if by_segment else 1) + 1)
+    ]
+    placement = placement_of(config.method, timestep_lora=config.timestep_lora)
+    scale = config.guidance_scale
+    guidance = Guidance(
+        family.default_guidance_scale if scale is None else scale, config.guidance_grad
+    )
+    micro = max(1, config.batch_size // config.accumulation)
+    models = [
+        REWARD_MODELS[name]
+        for spec in specs(config)
+        for name, _ in parse_reward_spec(spec)
+        if name in REWARD_MODELS and (name != "clip" or config.reward_model)  # else it is tiny
+    ]
+    adapted = lora_layers(family)
+    per_lora = sum(config.rank * (layer.in_features + layer.out_features) for layer in adapted)
+    loras = per_lora * (config.segments if placement == "stacked" else 1)
+    call, picture = _counted(family, adapted, guidance)
+    at_once = 1 if config.recompute else micro  # pictures that are decoded together
+    cost = Cost(
+        forward=call.operations * micro / speed,
+        gradient=2 * call.operations * micro / speed,  # frozen weights: backward costs as much
+        decode=2 * picture.operations * micro / speed,
+        call_bytes=call.kept * micro,
+        decode_bytes=picture.kept * at_once + int(sum(gb for _, gb in models) * GB) * micro,
+        steps=schedule.num_steps,
+    )
+    width = 2 if config.precision == "bf16" else 4
+    weights = parameters(family.denoiser) * width
+    encoders = encoder_parameters(folder) * (4 if family.text_in_fp32 else width)
+    parts = {
+        "denoiser": weights * (2 if config.merge else 1),
+        "latent decoder": parameters(family.vae) * (4 if family.vae_dtype == torch.float32 else 2),
+        "text encoders": 0 if config.encode_ahead else encoders,
+        "rewards": int(sum(millions * 4e6 for millions, _ in models)),
+        "LoRAs, gradients, optimizer": 16 * loras,
+        "activations": max(
+            cost.activation_bytes(plan, recompute=config.recompute) for plan in stages
+        ),
+    }
+    encoding = weights + parts["latent decoder"] + encoders
+    return Estimate(parts, encoding, cost, stages, schedule, speed)
+
+
+class Counted(NamedTuple):
+    """Of one picture: bytes that a graph keeps, and operations of the forward pass."""
+
+    kept: int
+    operations: int
+
+
+def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
+    """The layers that reward LoRAs change."""
+    ends = tuple(f".{target}" for target in family.lora_targets)
+    return [
+        layer
+        for name, layer in family.denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and f".{name}".endswith(ends)
+    ]
+
+
+def _counted(
+    family: Any, adapted: Sequence[nn.Linear], guidance: Guidance
+) -> tuple[Counted, Counted]:
+    """One call of the denoiser with gradient, and decoding."""
+    for layer in adapted:  # so that they keep their input, as a layer with a LoRA does
+        layer.weight.requires_grad_(True)
+    counted = []
+    with FakeTensorMode():
+        as_if_real([family.denoiser, family.vae])
+        family.device = torch.device("cpu")
+        prompt = blank_prompt(family)
+        for action in (
+            lambda x: family.predict(family.denoiser, x, 1.0, prompt, guidance),
+            family.decode,
+        ):
+            kept = Kept([*family.denoiser.parameters(), *family.vae.parameters()])
+            with (
+                FlopCounterMode(display=False) as counter,
+                torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack),
+            ):
+                _ = action(torch.empty(1, *family._latent_shape, requires_grad=True))
+            counted.append(Counted(kept.total, counter.get_total_flops()))
+    return counted[0], counted[1]
+
+
+def measure_speed(device: str, precision: str) -> float:
+    """Operations per second of networks here: half of what one matrix product reaches."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if device == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):  # the first one warms up
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.monotonic() - began)
+    return side**3 / best  # a product takes twice as many

@@ -1,0 +1,129 @@
+"""`train --dry-run`: what it counts, what it checks, and that it touches no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shortft.assets import asset
+from shortft.cli import main
+from shortft.config import Config, load_config
+from shortft.families import load_family
+from shortft.plan_view import measure_cost
+from shortft.preflight import dry_run, machine
+from shortft.preflight.estimate import estimate
+from shortft.preflight.outline import encoder_parameters, parameters
+from shortft.preflight.places import configurations, needed
+from shortft.recipes import MEMORY_GB, recipe, recipe_names
+from shortft.trainer import Trainer
+
+GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
+
+
+def test_counting_agrees_with_the_real_model():
+    """Parameters exactly; activations as the real networks keep them, LoRAs included."""
+    config = load_config(None, {**recipe("emoji"), "tensorboard": False})
+    family = load_family("emoji", precision="bf16")
+    found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
+    assert found.parts["denoiser"] == parameters(family.denoiser) * 2 * 2  # bf16, merge
+    encoders = parameters(family._text.text_encoder)  # type: ignore[attr-defined]
+    assert encoder_parameters(asset("emoji")) == encoders
+    trainer = Trainer(config)
+    loras = [p for n in range(1, 5) for p in trainer.nets.parameters_of(n).values()]
+    size = 16 * sum(p.numel() for p in loras)
+    assert found.parts["LoRAs, gradients, optimizer"] == size
+    measured = measure_cost(trainer)
+    assert found.cost.call_bytes == pytest.approx(measured.call_bytes, rel=0.3)
+    assert found.schedule.timesteps.tolist() == trainer.schedule.timesteps.tolist()
+
+
+def estimated(name: str) -> float:
+    config = load_config(None, recipe(name))
+    folder = configurations(config.model)
+    assert folder is not None
+    return estimate(config, folder, gpu=True, speed=1e12).peak / 1e9
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("emoji", "sd15-hps-24gb") else pytest.param(name, marks=pytest.mark.slow)
+        for name in recipe_names()
+    ],
+)
+def test_the_listed_memory_is_the_estimated_one(name: str):
+    assert estimated(name) == pytest.approx(MEMORY_GB[name], rel=0.04)
+
+
+def test_every_recipe_has_its_memory_listed():
+    assert sorted(MEMORY_GB) == recipe_names()
+    assert all(MEMORY_GB[name] * 1e9 <= GPU_24.total for name in MEMORY_GB if "24gb" in name)
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Downloads allowed (none is made), an empty cache, a GPU of 24 GB."""
+    monkeypatch.setattr(machine, "hub_is_off", lambda: False)
+    monkeypatch.setattr(machine, "hub_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(machine, "devices", lambda: [GPU_24])
+    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e13)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**12)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_that_is_not_here_is_drawn_and_checked(
+    online: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", "sd15-hps-24gb", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    again = online / "again.yaml"
+    again.write_text(shown.out, encoding="utf-8")
+    assert load_config(again) == load_config(None, recipe("sd15-hps-24gb"))
+    text = " ".join(shown.err.split())
+    for part in ("stage 4: 50 network calls, 1 with gradient", "to be downloaded", "600 that ship"):
+        assert part in text
+    assert "Nothing stands in the way" in text
+    assert not (online / "runs").exists()
+
+
+def test_one_clear_line_where_something_stands_in_the_way(
+    online: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def error(*options: str) -> str:
+        assert main(["train", "sd15-hps-24gb", *options, "--dry-run"]) == 2
+        last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(last) == 1
+        return last[0]
+
+    assert "use --segments 4" in error("--segments", "5", "--stage-shares", "none")
+    assert "no shortcut ships" in error("--shortcut", "auto")
+    assert "--recompute" in error("--no-recompute", "--accumulation", "1")
+    assert "--resolution 500" in error("--resolution", "500")
+    (online / "run" / "checkpoints").mkdir(parents=True)
+    assert "pass --resume" in error("--output-dir", "run")
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**9)
+    assert "downloads take" in error()
+    monkeypatch.setattr(machine, "hub_is_off", lambda: True)
+    assert "HF_HUB_OFFLINE" in error()
+
+
+def test_a_model_of_unknown_size_is_said_to_be_so(online: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--model", "owner/other", "--shortcut", "none", "--reward", "symmetry"]
+    assert main(["train", *options, "--dry-run"]) == 0
+    assert "not estimated" in capsys.readouterr().err
+
+
+def test_places_of_a_local_model_need_no_download(model: Path, shortcut: Path):
+    config = Config(model=str(model), shortcut=str(shortcut))
+    assert all(place.download_gb == 0 for place in needed(config))
+
+
+def test_bf16_needs_a_device_that_knows_it():
+    old = machine.Device("cuda", "an old GPU", 24 * 2**30, bf16=False)
+    config = load_config(None, recipe("emoji"))
+    found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
+    assert "--precision fp32" in (dry_run.check_memory(config, found, old).problem or "")
+    assert torch.get_default_dtype() == torch.float32
