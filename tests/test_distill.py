@@ -16,6 +16,7 @@ from shortft.networks import SHORTCUT, view
 from shortft.schedule import segments
 from shortft.shortcut_check import Jumper, better_than_ddim, check_command, jump_plan, measure
 from shortft.shortcuts import own_guidance
+from test_lora_files import FAMILIES
 from tiny import save_tiny, tiny_family, tiny_pipeline
 
 STEPS, K, SCALE = 12, 4, 8.0
@@ -260,3 +261,10 @@ def test_guidance_alone_makes_no_shortcut():
     style, plain, own = measure(family, jumpers, distiller.schedule, K, cond, noise, guided)
     assert better_than_ddim([style, plain])
     assert not better_than_ddim([style, plain, own])
+
+
+def test_embedded_guidance_costs_no_evaluation():
+    flux, sd = (FAMILIES[name]() for name in ("flux", "sd"))
+    guided = Jumper("guided DDIM jump", sd.denoiser, Guidance(3.5))
+    assert guided.evaluations(flux.encode(PROMPTS)) == 1
+    assert guided.evaluations(sd.encode(PROMPTS)) == 2

@@ -47,7 +47,8 @@ class Loss:
 
     def text(self) -> str:
         gain = self.scheduled - self.base
-        kept = f", {100 * (self.plain - self.base) / gain:.0f} % of the gain" if gain > 0 else ""
+        told = gain > 0.001 * abs(self.base)  # below, the share is rounding
+        kept = f", {100 * (self.plain - self.base) / gain:.0f} % of the gain" if told else ""
         return (
             f"reward on held-out prompts: base {self.base:.4f}, with the schedule "
             f"{self.scheduled:.4f}, as one plain LoRA {self.plain:.4f}{kept}"

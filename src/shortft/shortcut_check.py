@@ -25,10 +25,9 @@ class Jumper:
     module: nn.Module
     guidance: Guidance
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per jump."""
-        return 1 if self.guidance.scale == 1 else 2
+    def evaluations(self, cond: Conditioning) -> int:
+        """Network evaluations per jump: two under guidance that needs the empty prompt."""
+        return 1 if self.guidance.scale == 1 or not cond.negative.shape[1] else 2
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def measure(
     return [
         Fidelity(
             jumper.name,
-            jumper.evaluations,
+            jumper.evaluations(cond),
             tuple(torch.cat(errors[i]).mean(0).tolist()),
             float(torch.cat(chains[i]).mean()),
             float(torch.cat(jumps[i]).mean()),
