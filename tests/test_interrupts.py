@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import shortft
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import Stopped
 from shortft.interrupts import Interrupts
@@ -44,7 +45,36 @@ def test_a_signal_stops_at_once_elsewhere_and_is_only_noted_with_several_process
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("place", ["chain", "reward", "backward", "optimizer", "look", "saving"])
+IMPATIENT = """
+import os, signal, time
+from shortft.interrupts import Interrupts
+with Interrupts(immediate=False) as interrupts:
+    interrupts.hold()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.{name})
+        print("still here", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_second_signal_exits_at_once(name: str):
+    began = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-c", IMPATIENT.format(name=name)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "PYTHONPATH": str(Path(shortft.__file__).parents[1])},
+    )
+    assert process.returncode == -getattr(signal, name)
+    assert process.stdout.split("\n").count("still here") == 1
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    "place", ["chain", "reward", "backward", "optimizer", "look", "scoring", "saving"]
+)
 def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
     settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ):
@@ -57,6 +87,7 @@ def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
         "backward": ("shortft.step", "average_gradients"),
         "optimizer": ("torch.optim.AdamW", "step"),
         "look": ("shortft.trainer", "generate"),
+        "scoring": ("shortft.train", "picture_statistics"),
         "saving": ("shortft.trainer", "save_checkpoint"),
     }[place]
     owner = torch.optim.AdamW if place == "optimizer" else sys.modules[module]

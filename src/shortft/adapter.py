@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -87,12 +87,16 @@ def read_info(directory: Path) -> AdapterInfo:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         info = AdapterInfo(**fields)
+        if not 1 <= int(info.loras) <= int(info.segments) <= 1000:
+            raise ValueError(f"{info.loras} LoRAs for {info.segments} segments")
+        if info.placement not in get_args(Placement):
+            raise ValueError(f"placement {info.placement!r}")
     except FileNotFoundError:
         raise UserError(
             f"{directory}: not an adapter (no adapter.json); give the `adapter` directory that "
             "`shortft train` wrote"
         ) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); restore it or train again") from error
     if info.format != FORMAT:
         raise UserError(f"{path}: format {info.format} is unknown; update shortft")

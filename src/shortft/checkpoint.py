@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -24,6 +25,16 @@ from shortft.errors import UserError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ASIDE = ".old-"
+# RecursionError: JSON in too many brackets.
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
     for path in reversed(newest_first):
         try:
             return _read(path), problems
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except DAMAGED as error:
             problems.append(f"{path}: damaged ({error}); using the one before it")
     found = f" ({problems[0]})" if problems else ""
     raise UserError(
@@ -143,7 +154,10 @@ def _read(path: Path) -> Checkpoint:
         for name, data in files.items()
         if name.endswith(".safetensors")
     }
-    return Checkpoint(path, tensors, json.loads(files[STATE]))
+    state = json.loads(files[STATE])
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is a {type(state).__name__}")
+    return Checkpoint(path, tensors, state)
 
 
 def _all(root: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from shortft.cli_options import (
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_dir, read_prompts
+from shortft.paths import exists
 from shortft.recipes import recipe, recipe_names
 
 app = typer.Typer(
@@ -447,6 +448,6 @@ def doctor() -> int:
 def _config(path: Path | None, options: dict[str, object]) -> Config:
     """A file's or a recipe's settings with the options on top; a file of that name goes first."""
     given = {name: v for name, v in options.items() if v is not None}
-    if path is not None and not path.exists() and str(path) in recipe_names():
+    if path is not None and not exists(path) and str(path) in recipe_names():
         return load_config(None, {**recipe(str(path)), **given})
     return load_config(path, given)

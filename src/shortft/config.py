@@ -34,6 +34,7 @@ from shortft.inputs import (
     read_text,
 )
 from shortft.methods.catalog import METHODS, parse_options, read_options
+from shortft.paths import expand
 from shortft.rewards.places import parse_reward_models, reward_places
 from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import scorers
@@ -346,7 +347,7 @@ class Config(BaseModel):
     @classmethod
     def _readable_prompts(cls, value: Path | None) -> Path | None:
         if value is not None:
-            value = value.expanduser()
+            value = expand(value)
             read_prompts(value)
         return value
 
@@ -426,18 +427,34 @@ def option_name(field: str) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
-    text = read_text(path, "")
+    return parse_yaml(read_text(path, ""), str(path))
+
+
+def parse_yaml(text: str, name: str) -> dict[str, object]:
+    """Settings by name; nothing in the text is run, whatever its tags say.
+
+    Raises:
+        UserError: not YAML, not a mapping, or more than lists and mappings of plain values.
+    """
     try:
         values = yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML: too many brackets") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path}: not valid YAML{place}: {problem}") from None
+        raise UserError(f"{name}: not valid YAML{place}: {problem}") from None
     if values is None:  # an empty file, or comments only
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a mapping; write one setting a line, such as 'rank: 32'")
+        raise UserError(f"{name}: not a mapping; write one setting a line, such as 'rank: 32'")
+    several = (dict, list, set, tuple)
+    for key, value in values.items():
+        # Aliases of aliases would make the message about them endless.
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(value, several) and any(isinstance(part, several) for part in inside):
+            raise UserError(f"{name}: {str(key)[:80]!r} is nested; write plain values")
     return values
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from shortft.errors import UserError
+from shortft.paths import expand, is_dir, is_file
 from shortft.rewards.spec import parse_reward_spec
 
 MAX_PROMPT_CHARS = 2000
@@ -52,8 +53,9 @@ def read_text(path: Path, option: str) -> str:
         raise UserError(
             f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
         ) from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}); give a text file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name!r:.300}: cannot be read ({reason}); give a text file") from None
 
 
 def check_model_source(option: str, value: str, embedded: str) -> str:
@@ -63,12 +65,12 @@ def check_model_source(option: str, value: str, embedded: str) -> str:
         UserError: if it does not.
     """
     path = Path(value)
-    if path.suffix in PICKLES and not path.is_dir():
+    if path.suffix in PICKLES and not is_dir(path):
         raise UserError(
             f"{option} {value}: is a pickle, which may run code, and is not read; give a "
             ".safetensors file"
         )
-    if value == embedded or (path.is_file() and path.suffix == WEIGHTS):
+    if value == embedded or (is_file(path) and path.suffix == WEIGHTS):
         return value
     return check_place(option, value, f"{embedded!r}, a directory, a {WEIGHTS} file")
 
@@ -80,7 +82,7 @@ def check_place(option: str, value: str, others: str = "a directory") -> str:
         UserError: if it does not.
     """
     path = Path(value)
-    if path.is_dir() or (_HUB_ID.fullmatch(value) and path.suffix != WEIGHTS):
+    if is_dir(path) or (_HUB_ID.fullmatch(value) and path.suffix != WEIGHTS):
         return value
     raise UserError(
         f"{option} {value or repr(value)}: no such model; give {others} or a hub id such as "
@@ -96,10 +98,16 @@ def check_reward(spec: str) -> str:
 
 def check_output_dir(option: str, path: Path) -> Path:
     """Return `path`, its ``~`` expanded, if it is or can become a directory."""
-    path = path.expanduser()
-    for place in (path, *path.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"{option} {path}: {place} is a file; give a directory")
-            break
+    try:
+        path = expand(path)
+        if "\0" in str(path):
+            raise ValueError("a NUL in its name")
+        for place in (path, *path.parents):
+            if place.exists():
+                if not place.is_dir():
+                    raise UserError(f"{option} {path}: {place} is a file; give a directory")
+                break
+    except (OSError, ValueError) as error:  # too long, or a NUL
+        shown = repr(str(path))[:80]
+        raise UserError(f"{option} {shown}: cannot be a directory ({error})"[:300]) from None
     return path

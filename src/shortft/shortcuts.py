@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shortft.assets import EMBEDDED, asset
 from shortft.errors import UserError
+from shortft.paths import is_file
 from shortft.weights_file import check_weights_file
 
 BASE_JUMPS = ("none", "plain")  # jumps by the base itself, guided or not
@@ -103,7 +104,7 @@ def check_shortcut(option: str, value: str) -> str:
         UserError: if it does not, or the file is damaged.
     """
     known = ("auto", *BASE_JUMPS, *PUBLISHED)
-    if value not in known and Path(value).is_file():
+    if value not in known and is_file(value):
         check_weights_file(f"{option} {value}", Path(value), "give a LoRA's .safetensors file")
         return value
     if value in known or _ON_HUB.fullmatch(value):
@@ -216,7 +217,7 @@ def own_guidance(shortcut: Path) -> float:
         return float(json.loads(card.read_text(encoding="utf-8"))["shortcut_guidance_scale"])
     except KeyError:
         return 1.0
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{card}: damaged ({error}); restore it, or remove it and give "
             "--shortcut-guidance-scale"

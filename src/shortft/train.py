@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shortft.checkpoint import any_in, load_latest
-from shortft.config import Config, option_name, to_yaml
+from shortft.config import Config, option_name, parse_yaml, to_yaml
 from shortft.drawing.curves import read_metrics
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
@@ -53,13 +53,15 @@ def train(
         )
     saved, notes = load_latest(root / "checkpoints") if resume else (None, [])
     if saved is not None:
-        notes += check_same_run(saved.state["config"], config, allow_change=allow_change)
+        notes += check_same_run(
+            str(saved.state.get("config", "")), config, allow_change=allow_change
+        )
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
     log_bytes = 0
     if saved is not None:
         trainer.restore(saved, allow_change=allow_change)
-        log_bytes = int(saved.state["log_bytes"])
+        log_bytes = saved.state["log_bytes"]
     trainer.check_same_start()
     if main:
         size = trainer.checkpoint_bytes() * (config.keep_checkpoints + 1)
@@ -264,9 +266,8 @@ def check_same_run(saved: str, config: Config, *, allow_change: bool = False) ->
     Raises:
         UserError: naming the settings that differ.
     """
-    import yaml
-
-    old, new = yaml.safe_load(saved), config.model_dump(mode="json")
+    old = parse_yaml(saved, "--resume: the checkpoint's configuration")
+    new = config.model_dump(mode="json")
     changed = [n for n, value in new.items() if n not in FREE and old.get(n, value) != value]
     lines = [f"{option_name(n)} {new[n]}: the run to resume has {old[n]}" for n in changed]
     fixed = [line for name, line in zip(changed, lines, strict=True) if name in FIXED]

@@ -362,8 +362,18 @@ class Trainer:
         """Go back to a checkpoint.
 
         Raises:
-            UserError: if the prompts or the shortcut are no longer those of the run.
+            UserError: if the prompts or the shortcut are no longer those of the run, or the
+                checkpoint holds something else than this run would write.
         """
+        try:
+            self._restore(saved, allow_change=allow_change)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"--resume: {saved.path} does not hold this run's state ({error}); start a new run "
+                "in another --output-dir"
+            ) from error
+
+    def _restore(self, saved: Checkpoint, *, allow_change: bool) -> None:
         if saved.state["inputs"] != self.inputs and not allow_change:
             raise UserError(
                 "--resume: the prompts or the shortcut's file changed since the checkpoint; "
@@ -378,6 +388,9 @@ class Trainer:
                 if kept:
                     set_state(self.optimizer, parameter, kept)
         self.average.restore(saved.tensors)
+        numbers = [saved.state["log_bytes"], saved.state.get("update", 0)]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"its counters are {numbers}")
         for name in vars(self.counters):
             setattr(self.counters, name, saved.state.get(name, getattr(self.counters, name)))
 

@@ -211,7 +211,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(settings, tmp_path: Pa
     assert log_of(roots[0]) == log_of(roots[1])
 
 
-NETWORKS = ("shortft-one", "shortft-two")
+NETWORKS = (f"shortft-{os.getpid()}-one", f"shortft-{os.getpid()}-two")
 
 
 def ip(command: str) -> bool:
@@ -246,6 +246,7 @@ def test_two_machines(settings, tmp_path: Path, two_networks: None):
         command = ["ip", "netns", "exec", name, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--node-rank", str(rank), "--rdzv-backend", "c10d", "--rdzv-id", "run"]
         command += ["--rdzv-endpoint", "10.77.0.1:29517", "--local-addr", f"10.77.0.{rank + 1}"]
+        command += ["--rdzv-conf", f"is_host={str(rank == 0).lower()}"]
         command += ["-m", "shortft", "train", str(tmp_path / "run.yaml")]
         environment = {**CPUS, "GLOO_SOCKET_IFNAME": "cable"}
         launched.append(

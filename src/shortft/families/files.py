@@ -87,7 +87,14 @@ def own_defaults(source: Source) -> dict[str, Any]:
     defaults = Path(source.pipeline) / DEFAULTS_FILE
     if not defaults.is_file():
         return {}
-    return dict(json.loads(defaults.read_text(encoding="utf-8")))
+    try:
+        named = dict(json.loads(defaults.read_text(encoding="utf-8")))
+        kinds = {"guidance_scale": float, "resolution": int}
+        return {n: kind(named[n]) for n, kind in kinds.items() if named.get(n) is not None}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{defaults}: damaged ({first_line(error)}); restore or remove it"
+        ) from error
 
 
 def latent_side(

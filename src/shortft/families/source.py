@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shortft.assets import model_path
 from shortft.errors import UserError
+from shortft.paths import exists, is_file
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_source(model: str, pipeline: str | None = None) -> Source:
         UserError: for a configuration without a single file, or a file that cannot be read.
     """
     file = Path(model)
-    if not file.is_file():
+    if not is_file(file):
         if pipeline is not None:
             raise UserError(
                 f"--pipeline {pipeline}: is for a single file; {model} has a configuration of its "
@@ -55,7 +56,7 @@ def find_source(model: str, pipeline: str | None = None) -> Source:
 
 def _pinned(text: str) -> tuple[str, str | None]:
     """A directory or hub id, and the revision that stands behind its ``@``."""
-    if "@" in text and not Path(text).exists():
+    if "@" in text and not exists(text):
         name, _, revision = text.rpartition("@")
         return name, revision
     return model_path(text), None

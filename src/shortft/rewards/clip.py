@@ -157,7 +157,8 @@ def load_clip_model(
     attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
     source, revision = place.source, place.revision
     try:
-        model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
+        described = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model_type = described.model_type
         if model_type not in ("clip", "siglip"):
             raise UserError(f"{place}: is a {model_type} model; give a CLIPModel or SiglipModel")
         kind = CLIPModel if model_type == "clip" else SiglipModel
@@ -192,7 +193,9 @@ def load_tokenizer(place: Place, source: str, siglip: bool = False) -> PreTraine
     revision = place.revision if source == place.source else "main"
     kind: Any = AutoTokenizer if siglip else CLIPTokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(source, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
     except Exception as error:
         raise cannot_load(place, error) from error
     return tokenizer

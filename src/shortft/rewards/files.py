@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +70,11 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
             f"{place}: SHA-256 of {path.name} is {found}, not {expected}; the file is damaged or "
             "another one: fetch it again"
         )
+    if zipfile.is_zipfile(path) and _is_compressed(path):
+        raise UserError(
+            f"{place}: {path.name} is a compressed archive, which torch.save never writes; "
+            "refused, as it may swell without end: give the published file"
+        )
     try:
         with warnings.catch_warnings():  # torch comments on how a refused pickle was written
             warnings.simplefilter("ignore")
@@ -97,6 +103,17 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
             f"{OPTION} {place.reward}={place.source}@{commit}#{found}"
         )
     return content, path
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(
+                part.compress_type != zipfile.ZIP_STORED or part.file_size > path.stat().st_size
+                for part in archive.infolist()
+            )
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False  # torch says what is wrong
 
 
 def sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortft.errors import UserError
+from shortft.paths import expand, is_file
 from shortft.rewards.base import Reward
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check_file(name: str) -> None:
         UserError: no such file, not Python, or the name is not defined in it.
     """
     path, attribute = _split(name)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--reward {name}: no such file; check the path of {path.name}")
     try:
         body = ast.parse(path.read_bytes()).body
@@ -137,7 +138,7 @@ _MEMBERS = {"name", "report_name", "report_higher_is_better", "report", "__call_
 
 def _split(name: str) -> tuple[Path, str]:
     path, _, attribute = name.rpartition(":")
-    return Path(path).expanduser(), attribute
+    return expand(Path(path)), attribute
 
 
 def _bound_names(node: ast.stmt) -> set[str]:

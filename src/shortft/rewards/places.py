@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortft.errors import UserError
+from shortft.paths import exists, is_dir, is_file
 
 OPTION = "--reward-model"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -36,7 +37,7 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        return Path(self.source).exists()
+        return exists(self.source)
 
 
 # No commit hash or checksum is known: the hub could not be reached when this was written. Fill
@@ -75,7 +76,7 @@ def parse_reward_models(text: str | None) -> dict[str, Place]:
     """
     if text is None:
         return {}
-    if Path(text).is_dir() or _HUB_ID.fullmatch(text):  # may hold any character
+    if is_dir(text) or _HUB_ID.fullmatch(text):  # may hold any character
         return {"clip": _place("clip", text)}
     places: dict[str, Place] = {}
     for item in text.split(","):
@@ -113,7 +114,7 @@ def reward_places(names: set[str], models: str | None) -> dict[str, Place]:
 def _place(name: str, text: str) -> Place:
     if not text:
         raise UserError(f"{OPTION} {name}=: no place given; give a directory or a hub id")
-    if Path(text).exists():  # then @ and # belong to the path
+    if exists(text):  # then @ and # belong to the path
         place = Place(name, text)
     else:
         match = _PLACE.fullmatch(text)
@@ -129,10 +130,10 @@ def _check(place: Place) -> None:
         raise UserError(f"{place}#{place.sha256}: not a SHA-256; give its 64 hexadecimal digits")
     if place.sha256 is not None and file is None:
         raise UserError(f"{place}#{place.sha256}: only a .pt file has a checksum; leave it away")
-    if path.is_dir():
+    if is_dir(path):
         if file is not None and not (path / file).is_file():
             raise UserError(f"{place}: holds no {file}; name the weights file itself")
-    elif path.is_file():
+    elif is_file(path):
         if file is None:
             raise UserError(f"{place}: is a file; give the model's directory")
     elif not _HUB_ID.fullmatch(place.source) or path.suffix in _SUFFIXES:
