@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -165,7 +166,12 @@ def export_command(
             f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
         )
     base = model or info.base_model
-    states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
+    try:
+        states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{adapter}: a LoRA cannot be read ({error}); restore it or train again"
+        ) from error
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     if kind == "merged":
         needed += size_of(Path(model_path(base)))

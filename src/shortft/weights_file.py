@@ -26,10 +26,12 @@ def check_weights_file(name: str, path: Path, remedy: str) -> None:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length <= min(size, MAX_HEADER) else b""
         tensors = json.loads(header) if header else {}
-        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
+        ends = [
+            int(entry["data_offsets"][1]) for key, entry in tensors.items() if key != "__metadata__"
+        ]
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         ends = []
     if not ends:
         raise UserError(f"{name}: is not a safetensors file, or its header is damaged; {remedy}")

@@ -26,13 +26,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import shortft
-from shortft.adapter import load_into, read_info
+from shortft.adapter import load_into
 from shortft.checkpoint import load_latest, manifest_of
 from shortft.cli import main
 from shortft.config import Config, load_config
 from shortft.drawing.grids import save_images
 from shortft.errors import UserError
-from shortft.export import read_loras
 from shortft.families.single_file import shapes
 from shortft.inputs import read_prompts
 from shortft.networks import view
@@ -124,7 +123,6 @@ def test_absurd_safetensors_are_refused_by_every_loader(rig, tmp_path: Path, wha
     for load in (
         lambda: family.load_lora(view(family.denoiser), evil, "evil"),
         lambda: load_into(nets, adapter),
-        lambda: read_loras(adapter, read_info(adapter)),
         lambda: shapes(evil),
         lambda: load_latest(folder.parent),
     ):
