@@ -85,9 +85,17 @@ def test_a_random_lora_is_refused_unless_it_is_wanted(settings: dict[str, Any], 
     assert (config.output_dir / "adapter" / "adapter.json").exists()
 
 
-def test_methods_that_never_run_the_shortcut_do_not_measure_it(settings: dict[str, Any]):
-    told: list[str] = []
-    for change in ({"method": "draft_k"}, {"method_options": {"jump": "ddim"}}):
+def test_it_is_measured_where_it_jumps_and_only_there(settings: dict[str, Any]):
+    for change in (
+        {"method": "draft_k"},
+        {"method_options": {"jump": "ddim"}},
+        {"method": "tune_shortcut"},
+    ):
+        told: list[str] = []
         trainer = Trainer(Config(**{**settings, **change, "check_shortcut": True}))
         require_faithful(trainer, told.append)
-    assert told == []
+        assert told == []
+    # LoRAs on whole segments act in the jumps too: the bare shortcut is what is measured.
+    options = {"method_options": {"loras": "segment"}, "check_shortcut": True}
+    with pytest.raises(UserError, match="does not preserve the trajectory"):
+        require_faithful(Trainer(Config(**{**settings, **options})), told.append)

@@ -41,11 +41,12 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
         UserError: with both figures and what to do instead.
     """
     config = trainer.config
+    if not config.check_shortcut or config.shortcut == "auto" or trainer.shortcut.path is None:
+        return
+    steps = trainer.plan(0, 1).steps
+    jumps = [Step(s.start, s.stop, "shortcut") for s in steps if s.net == "shortcut"]
     # A few-step model that is tuned itself has no trajectory to keep.
-    calls_of = trainer.plan(0, 1).steps
-    jumps = [step for step in calls_of if step.net == "shortcut" and not step.adapters]
-    shipped = config.shortcut == "auto"
-    if not config.check_shortcut or shipped or trainer.shortcut.path is None or not jumps:
+    if not jumps or trainer.placement == "few_step":
         return
     record = config.output_dir / RECORD
     about = described(trainer)

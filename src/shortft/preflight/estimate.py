@@ -105,7 +105,9 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         )
         for stage in range(1, (config.segments if by_segment else 1) + 1)
     ]
-    placement = placement_of(config.method, timestep_lora=config.timestep_lora)
+    placement = placement_of(
+        config.method, config.method_options, timestep_lora=config.timestep_lora
+    )
     scale = config.guidance_scale
     guidance = Guidance(
         family.default_guidance_scale if scale is None else scale, config.guidance_grad
