@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shortft.errors import UserError
 from shortft.families.base import Guidance
+from shortft.lora_layers import StackedLinear
 from shortft.networks import (
     SHORTCUT,
     ModelNetworks,
@@ -196,3 +198,30 @@ def test_a_shortcut_of_another_architecture_is_refused(tmp_path: Path):
     save_file(tensors, path)
     with pytest.raises(UserError, match="architecture"):
         ModelNetworks(tiny_family(), guidance=Guidance(), shortcut=path)
+
+
+def test_mixed_precision_keeps_an_input_once_for_all_layers():
+    """Query, key and value share it: no copy by way of the LoRAs' fp32. The result is the same."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.Linear(32, 32, dtype=torch.bfloat16).requires_grad_(False)
+    down, up = (torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 32), (32, 4)))
+    layer = StackedLinear(base, [down], [up], frozen=False)
+    x = torch.randn(16, 32, generator=generator).bfloat16().requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.numel()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out, _ = layer(x), layer(x)
+        inputs = [number for number in kept.values() if number == x.numel()]
+        assert len(inputs) == 1
+        wide = base(x) + F.linear(F.linear(x.float(), down), up)
+    assert torch.equal(out, wide)
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad(wide.float().square().sum(), x)
+    assert torch.equal(gradient, expected)

@@ -41,7 +41,9 @@ class StackedLinear(nn.Module):
             down, up = down.detach(), up.detach()
         if self.strength != 1:
             up = up * self.strength
-        branch = F.linear(F.linear(x.to(down.dtype), down), up)
+        # Autocast has a format of its own: a copy in the LoRAs' would only be kept for nothing.
+        inner = x if torch.is_autocast_enabled(x.device.type) else x.to(down.dtype)
+        branch = F.linear(F.linear(inner, down), up)
         base: Tensor = self.base_layer(x)
         return base + branch.to(base.dtype)
 
