@@ -167,8 +167,8 @@ def main() -> int:
     F.scaled_dot_product_attention = fused
     table = Table(title=f"GB at batch 1, four LoRAs of rank {options.rank}")
     heads = (
-        "model, denoiser, text encoders, decoder, LoRAs in M, one call, one call (positive), "
-        "decoding, decoding (TAESD), sum, --recompute, all savings"
+        "model, denoiser, texts, decoder, LoRAs in M, one call, positive, decoding, TAESD, "
+        "all kept, recompute, all savings"
     )
     for head in heads.split(", "):
         table.add_column(head, justify="left" if head == "model" else "right")
