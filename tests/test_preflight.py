@@ -57,6 +57,20 @@ def test_the_listed_memory_is_the_estimated_one(name: str):
     assert estimated(name) == pytest.approx(MEMORY_GB[name], rel=0.04)
 
 
+def test_options_that_save_memory_are_counted():
+    config = load_config(None, recipe("sd15-hps-24gb"))
+    folder = configurations(config.model)
+    assert folder is not None
+    usual = estimate(config, folder, gpu=True, speed=1e12).parts
+    saving = {"optimizer": "adamw8bit", "reward_precision": "bf16"}
+    parts = estimate(config.model_copy(update=saving), folder, gpu=True, speed=1e12).parts
+    optimizer = "LoRAs, gradients, optimizer"
+    assert parts[optimizer] == usual[optimizer] * 10 // 16
+    assert parts["rewards"] == usual["rewards"] // 2 > 0
+    away = config.model_copy(update={"reward_device": "cpu"})
+    assert estimate(away, folder, gpu=True, speed=1e12).parts["rewards"] == 0
+
+
 def test_every_recipe_has_its_memory_listed():
     assert sorted(MEMORY_GB) == recipe_names()
     assert all(MEMORY_GB[name] * 1e9 <= GPU_24.total for name in MEMORY_GB if "24gb" in name)

@@ -43,7 +43,7 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
     """
     console = Console(stderr=True, width=80)  # the configuration alone goes to standard output
     device = machine.devices()[0]
-    folder = configurations(config.model)
+    folder = configurations(config.pipeline or config.model)
     checks = [*check_places(config), check_prompts(config), check_output(config, resume=resume)]
     found: Estimate | None = None
     if folder is None:

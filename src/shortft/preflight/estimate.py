@@ -135,12 +135,15 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     width = 2 if config.precision == "bf16" else 4
     weights = parameters(family.denoiser) * width
     encoders = encoder_parameters(folder) * (4 if family.text_in_fp32 else width)
+    per_number = 2 if config.reward_precision == "bf16" else 4
+    scored_by = int(sum(millions * 1e6 * per_number for millions, _ in models))
     parts = {
         "denoiser": weights * (2 if config.merge else 1),
         "latent decoder": parameters(family.vae) * (4 if family.vae_dtype == torch.float32 else 2),
         "text encoders": 0 if config.encode_ahead else encoders,
-        "rewards": int(sum(millions * 4e6 for millions, _ in models)),
-        "LoRAs, gradients, optimizer": 16 * loras,
+        "rewards": 0 if gpu and config.reward_device else scored_by,
+        # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
+        "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * loras,
         "activations": max(
             cost.activation_bytes(plan, recompute=config.recompute) for plan in stages
         ),
