@@ -51,8 +51,8 @@ BUDGETS = {
         ("shortft", "draft_k", "drtune", "alignprop"),
         ("clip:1,symmetry:8",),
         seeds=2,
-        minutes=2.0,
-        looks=4,
+        minutes=1.5,
+        looks=3,
         num_prompts=24,
     ),
     "full": Comparison(
