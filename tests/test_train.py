@@ -267,7 +267,6 @@ def test_mistakes_are_told_before_anything_is_written(settings, tmp_path: Path):
     for change, message in (
         ({"segments": 7, "num_steps": 7}, "segments"),
         ({"shortcut": "auto"}, "shortcut"),
-        ({"prompts": None}, "prompts"),
         ({"model": str(tmp_path)}, "model"),
     ):
         with pytest.raises(UserError, match=message):

@@ -375,7 +375,7 @@ def compare_command(
         if not any(job.done and not job.search for job in workshop.jobs()):
             raise UserError(f"--report-only: no run in {output_dir} is done yet")
         for path in write_report(workshop):
-            console.print(str(path), markup=False, highlight=False)
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
         return
     console.print(
         f"{len(comparison.methods)} methods × {len(comparison.rewards)} rewards × "
@@ -389,4 +389,4 @@ def compare_command(
         lambda text: console.print(text, markup=False, highlight=False),
     )
     for path in write_report(workshop):
-        console.print(str(path), markup=False, highlight=False)
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)

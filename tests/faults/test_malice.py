@@ -372,7 +372,7 @@ def test_the_token_is_written_nowhere(settings, tmp_path: Path, capsys, monkeypa
     adapter = train(config)
     arguments = ["--model", settings["model"], "--prompts", settings["prompts"]]
     for command in (
-        ["train", *arguments, "--dry-run"],
+        ["train", *arguments, "--shortcut", "none", "--dry-run"],
         ["export", "--adapter", adapter, "--no-measure", "--output-dir", tmp_path / "exported"],
         ["sample", "--model", settings["model"], "--adapter", adapter, "--prompt", "x",
          "--output-dir", tmp_path / "sampled"],
