@@ -228,11 +228,11 @@ def run_job(
         words = text.splitlines()[-1] if text else ""
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
     result = {
+        **evaluate_run(job, config),
         "reward_spec": job.reward,
         "method": job.method,
-        "seed": job.seed,
+        "seed": job.seed,  # of the training; the evaluation has its own
         "learning_rate": job.learning_rate,
-        **evaluate_run(job, config),
     }
     write_atomic(job.folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
