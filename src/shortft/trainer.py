@@ -27,6 +27,7 @@ from shortft.inputs import read_prompts
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer, set_state, state_of
+from shortft.out_of_memory import advice, ran_out
 from shortft.plans import Plan, inference_plan
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
@@ -269,9 +270,9 @@ class Trainer:
                 )
                 break
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
+                if not ran_out(error):
                     raise
-                problem = memory_advice(self.config, self.micro_batch)
+                problem = advice(self.config, self.micro_batch)
             # Outside the handler, whose traceback would keep the activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             if not (self.config.split_on_out_of_memory and self.micro_batch % 2 == 0):
@@ -447,34 +448,6 @@ def check_launcher() -> None:
                 "start without it (docs/several-gpus.md), and save memory by --recompute, "
                 "--encode-ahead and --accumulation"
             )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
-
-
-def memory_advice(config: Config, micro_batch: int) -> str:
-    """Which options save how much, of those that are not in use yet."""
-    advice = []
-    if not config.recompute:
-        advice.append("--recompute (activations of one call instead of all)")
-    if config.guidance_grad == "both":
-        advice.append("--guidance-grad positive (half of each call)")
-    if micro_batch > 1:
-        advice.append(f"--accumulation {config.batch_size} (pictures one by one, same updates)")
-    if config.precision == "fp32":
-        advice.append("--precision bf16 (half)")
-    if config.merge:
-        advice.append("--no-merge (no copies of layers with LoRAs)")
-    ways = ", ".join(advice) or "a smaller --rank, or a smaller model"
-    return (
-        f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
-        f"nothing is lost, go on by --resume with {ways}"
-    )
 
 
 def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:
