@@ -276,7 +276,7 @@ def flowbp_lagrange(
 
 def tune_shortcut(toy: Toy) -> Result:
     """The few-step model with LoRAs of its own: from each segment's start to the next one's."""
-    first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 5, 8, 10, N]}[toy.kind]
+    first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 3, 6, 9, N]}[toy.kind]
     x = toy.noise
     for i, j in itertools.pairwise(first_of):
         x = toy.jump(x, toy.f("tuned", x, i), i, j)
@@ -574,7 +574,7 @@ def test_shortft_equals_the_definition(kind: Kind, stage: int, given: Choices):
     plan = make_plan("shortft", toy.schedule, K, stage, torch.Generator(), options)
     assert plan.trainable == tuple(range(stage, K + 1))
     parts = segments(toy.schedule, K)
-    assert [len(part) for part in parts] == ([2, 3, 4, 3] if kind == "epsilon" else [5, 3, 2, 2])
+    assert [len(part) for part in parts] == ([2, 3, 4, 3] if kind == "epsilon" else [3, 3, 3, 3])
     assert plan.needs_rollout == bool(given.get("pin"))
     expected = shortft(toy, parts, stage, **given)
     rollout = rollout_of(toy, inference_of(toy, options)) if plan.needs_rollout else []

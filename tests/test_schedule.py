@@ -105,15 +105,34 @@ def test_segments_of_sd15_are_the_papers():
 
 @pytest.mark.parametrize("steps", [4, 5, 13, 50, 1000])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-@pytest.mark.parametrize("make", [lambda n: ddim_schedule(alphas_cumprod(), n), flow_schedule])
-def test_segments_cover_every_timestep_once_within_their_part(make, steps, k):
-    schedule = make(steps)
+def test_segments_cover_every_timestep_once_within_their_part(steps, k):
+    schedule = ddim_schedule(alphas_cumprod(), steps)
     parts = segments(schedule, k)
     assert [i for part in parts for i in part] == list(range(steps))
     for number, part in enumerate(parts):
         low, high = 1000 * (k - number - 1) / k, 1000 * (k - number) / k
         for t in schedule.timesteps[list(part)].tolist():
-            assert low <= t < high or (t == high == 1000)
+            assert low <= t < high
+
+
+@pytest.mark.parametrize("steps", [4, 5, 13, 50, 1000])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_segments_of_a_flow_hold_equal_numbers_of_steps(steps, k):
+    parts = segments(flow_schedule(steps, shift=3.0), k)
+    assert [i for part in parts for i in part] == list(range(steps))
+    assert {len(part) for part in parts} <= {steps // k, -(-steps // k)}
+
+
+@pytest.mark.parametrize(("shift", "steps", "k"), [(3.0, 28, 4), (3.1582, 28, 4), (3.0, 16, 8)])
+def test_segments_of_a_shifted_flow_start_where_a_few_step_sampler_calls(shift, steps, k):
+    """FLUX's grid of k steps, by diffusers' scheduler, is the segments' first timesteps."""
+    few = FlowMatchEulerDiscreteScheduler(shift=shift)
+    few.set_timesteps(sigmas=[1 - i / k for i in range(k)])
+    schedule = flow_schedule(steps, shift=shift, smallest=1 / steps)
+    parts = segments(schedule, k)
+    assert [len(part) for part in parts] == [steps // k] * k
+    starts = schedule.timesteps[[part[0] for part in parts]]
+    torch.testing.assert_close(starts.float(), few.timesteps, atol=1e-3, rtol=1e-6)
 
 
 def test_what_cannot_be_cut_is_refused():

@@ -154,7 +154,9 @@ class TimestepRouter:
         # PNDM visits a timestep twice.
         times = tuple(dict.fromkeys(float(t) for t in scheduler.timesteps))
         if times not in self._routes:
-            parts = cut(times, info.segments, scheduler.config.num_train_timesteps)
+            flow = "FlowMatch" in type(scheduler).__name__
+            total = None if flow else scheduler.config.num_train_timesteps
+            parts = cut(times, info.segments, total)
             counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]

@@ -251,12 +251,16 @@ def jump_to_x0(schedule: Schedule, latents: Tensor, x0: Tensor, i: int, j: int) 
     return float(schedule.alpha[j]) * x0 + float(schedule.sigma[j]) * eps
 
 
-def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...], ...]:
+def cut(timesteps: Sequence[float], k: int, total: int | None) -> tuple[tuple[int, ...], ...]:
     """Cut the chain into k parts of equal training time (ShortFT §3; Hyper-SD §3.1).
 
+    Args:
+        total: T; None cuts into equal numbers of steps instead. So flow matching is cut: the steps
+            of its samplers, few-step ones too, are equal before a shift, and each part then starts
+            where the sampler of k steps calls its model.
+
     Returns:
-        k tuples of point indices: part i holds the timesteps in [T(k-i)/k, T(k-i+1)/k), with
-        T = total.
+        k tuples of point indices: part i holds the timesteps in [T(k-i)/k, T(k-i+1)/k).
 
     Raises:
         ValueError: if a part would hold no timestep.
@@ -265,10 +269,10 @@ def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...]
         raise ValueError(f"segments must be at least 1, got {k}")
     parts: list[list[int]] = [[] for _ in range(k)]
     for index, timestep in enumerate(timesteps):
-        # A flow schedule starts at T itself, which belongs to the first part.
-        # Its timesteps are fractions; those on an edge must not depend on the last bit.
-        part = min(int(round(timestep, 3) * k / total), k - 1)
-        parts[k - 1 - part].append(index)
+        if total is None:
+            parts[index * k // len(timesteps)].append(index)
+        else:
+            parts[k - 1 - int(timestep * k / total)].append(index)
     if not all(parts):
         raise ValueError(
             f"{k} segments over {len(timesteps)} steps leave a segment without a timestep; "
@@ -279,4 +283,5 @@ def cut(timesteps: Sequence[float], k: int, total: int) -> tuple[tuple[int, ...]
 
 def segments(schedule: Schedule, k: int) -> tuple[tuple[int, ...], ...]:
     """`cut` of a schedule's own timesteps."""
-    return cut(schedule.timesteps.tolist(), k, schedule.train_timesteps)
+    flow = schedule.prediction_type == "flow"
+    return cut(schedule.timesteps.tolist(), k, None if flow else schedule.train_timesteps)
