@@ -177,6 +177,11 @@ METHODS: dict[str, Method] = {
             "alpha": Option(0.1, "strength of the nested path; 0.1", 0, 1),
         },
     ),
+    "thinned": Method(
+        "a random thinning of the chain, gradient through every call of it",
+        "ours",
+        {"calls": Option(6, "steps of the thinned chain", low=1)},
+    ),
     "full": Method(
         "gradient through every step; recompute is wise",
         f"DRaFT, {DRAFT} §4: K = all steps",

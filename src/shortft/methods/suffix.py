@@ -23,6 +23,28 @@ def share_of(n: int, share: float) -> int:
     return max(1, min(n, round(share * n)))
 
 
+def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
+    """A random thinning of the chain, with gradient through all of it (ours).
+
+    From point 0 over `calls` - 1 points, one drawn from each of as many equal parts of the
+    points that are left, to the end: every timestep is met in training, and the chain is `calls`
+    steps long.
+    """
+    n = schedule.num_steps
+    if calls > n:
+        raise ValueError(f"calls = {calls}, but the chain has {n} steps")
+    parts = calls - 1
+    edges = [1 + i * (n - 1) // parts for i in range(parts + 1)] if parts else []
+    drawn = [
+        integer(draw, low, high - 1) for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    points = [0, *drawn, n]
+    steps = (
+        Step(i, j, "policy", 1, trains=True) for i, j in zip(points, points[1:], strict=False)
+    )
+    return Plan(tuple(steps), (1,))
+
+
 def integer(draw: torch.Generator, low: int, high: int) -> int:
     """Uniform on low…high, both included."""
     return int(torch.randint(low, high + 1, (1,), generator=draw))
