@@ -238,6 +238,14 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
     assert verdict.endswith("its final reward: 67 s (67 %).")
 
 
+def test_our_own_methods_are_no_rivals():
+    gains = {"thinned:calls=4": [3.0], "shortft_segments": [2.5], "refl": [2.0]}
+    results = results_of({"clip": gains})
+    assert compare_figures.best_rival(results, "clip")[0] == "refl"
+    (said,) = compare_report.verdict(results, "clip")
+    assert said.startswith("- thinned:calls=4 against the best rival, refl: gain ratio 1.50")
+
+
 def test_ratios_that_mean_nothing_are_not_given():
     results = results_of(
         {"clip": {"shortft": [0.2], "refl": [-0.1]}, "symmetry": {"shortft": [1.0]}}

@@ -274,6 +274,14 @@ def flowbp_lagrange(
     return x0, toy.scores(x0).sum()
 
 
+def thinned(toy: Toy, *, points: Sequence[int]) -> Result:
+    """The policy's chain on some of its points alone, the jumps long."""
+    x = toy.noise
+    for i, j in itertools.pairwise([*points, N]):
+        x = toy.jump(x, toy.f("policy", x, i), i, j)
+    return x, toy.scores(x).sum()
+
+
 def tune_shortcut(toy: Toy) -> Result:
     """The few-step model with LoRAs of its own: from each segment's start to the next one's."""
     first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 3, 6, 9, N]}[toy.kind]
@@ -296,6 +304,7 @@ DEFINITIONS: dict[str, Callable[..., Result]] = {
         flowbp_bridge,
         flowbp_lagrange,
         full,
+        thinned,
         tune_shortcut,
     )
 }
@@ -324,6 +333,8 @@ def choices_of(method: str, plan: Plan, options: Choices) -> Choices:
         return dict(options)
     if method in ("full", "tune_shortcut"):
         return {}
+    if method == "thinned":
+        return {"points": train}
     if method == "alignprop":
         return {"length": N - train[0]}
     if method == "refl":
@@ -375,6 +386,9 @@ CASES: list[tuple[str, Choices]] = [
     ("draft_lv", {"copies": 3}),
     ("full", {}),
     ("tune_shortcut", {}),
+    ("thinned", {}),
+    ("thinned", {"calls": 1}),
+    ("thinned", {"calls": N}),
     ("alignprop", {}),
     ("alignprop", {"shortest": 0.5, "longest": 1.0}),
     ("refl", {}),
@@ -409,7 +423,11 @@ def plans(method: str, given: Choices, toy: Toy, count: int, seed: int = 0) -> l
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("draft_k", {"k": N + 1}), ("alignprop", {"shortest": 0.6, "longest": 0.4})],
+    [
+        ("draft_k", {"k": N + 1}),
+        ("thinned", {"calls": N + 1}),
+        ("alignprop", {"shortest": 0.6, "longest": 0.4}),
+    ],
 )
 def test_options_that_do_not_fit_the_chain(method: str, given: Choices):
     with pytest.raises(ValueError, match=r"chain has 12|above longest"):
@@ -733,6 +751,7 @@ def test_jumps_that_cannot_carry_loras_are_refused(jump: str):
         ("draft_k", N, 1),
         ("draft_lv", N + 2, 3),
         ("full", N, N),
+        ("thinned", 6, 6),
         ("tune_shortcut", K, K),
         ("leapalign", 2, 2),
         ("flowbp_sparse", 3, 3),
@@ -747,6 +766,7 @@ def test_number_of_calls_by_default(method: str, calls: int, grad_calls: int):
 # Random choices.
 
 RANDOM = [
+    "thinned",
     "alignprop",
     "refl",
     "drtune",
@@ -789,6 +809,18 @@ def test_range_of_alignprop(given: Choices, allowed: range):
     for plan in made:
         assert trained(plan) == list(range(trained(plan)[0], N))
     spread([N - trained(plan)[0] for plan in made], allowed)
+
+
+@pytest.mark.parametrize("calls", [2, 4, 6])
+def test_range_of_thinned(calls: int):
+    """Point 0 always, and every other point is met by one of the calls: one from each part."""
+    made = [trained(plan) for plan in plans("thinned", {"calls": calls}, Toy("flow"), 400)]
+    assert all(points[0] == 0 and len(points) == calls for points in made)
+    drawn = [set(column) for column in zip(*made, strict=True)][1:]
+    assert set().union(*drawn) == set(range(1, N))
+    assert sum(map(len, drawn)) == N - 1  # parts do not overlap
+    for column, part in zip(list(zip(*made, strict=True))[1:], drawn, strict=True):
+        spread(column, sorted(part))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shortft.methods.catalog import METHODS, OURS
+
 if TYPE_CHECKING:
     from shortft.compare import Workshop
 
@@ -42,8 +44,10 @@ def median_gain(runs: Runs) -> float:
 
 
 def is_rival(method: str) -> bool:
-    """Everything that is not ShortFT or an ablation of it."""
-    return not method.startswith("shortft")
+    """Everything that is neither ShortFT, or a variant of it, nor a method of our own."""
+    name = method.partition(":")[0]
+    own = name in METHODS and METHODS[name].source == OURS
+    return not (name.startswith("shortft") or own)
 
 
 def by_gain(results: Results, reward: str) -> list[str]:

@@ -18,6 +18,7 @@ from shortft.compare_figures import (
     final_reward_of_best_rival,
     gain,
     gain_ratio,
+    is_rival,
     mean_gain_ratio,
     median_gain,
     seconds_to_reach,
@@ -188,19 +189,23 @@ def overall(results: Results, rewards: Sequence[str]) -> list[str]:
 
 
 def verdict(results: Results, reward: str) -> list[str]:
-    """How shortft stands against the best rival; nothing if either did not run."""
-    rival, ours = best_rival(results, reward), results.get((reward, "shortft"))
-    if rival is None or not ours:
+    """How shortft, and the best method that is no rival, stand against the best rival."""
+    rival = best_rival(results, reward)
+    own = [m for m in by_gain(results, reward) if not is_rival(m)]
+    if rival is None:
         return []
-    name, theirs = rival
-    apart = min(map(gain, ours)) > max(map(gain, theirs))
-    ahead = median_gain(ours) > median_gain(theirs)
-    return [
-        f"shortft against the best rival, {name}: gain ratio "
-        f"{ratio_text(gain_ratio(results, reward, 'shortft'))}; ranges over seeds "
-        f"{'are apart' if apart else 'overlap' if ahead else 'say it lost'}; its final reward: "
-        f"{reached_text(results, reward, 'shortft')}."
-    ]
+    lines = []
+    for method in dict.fromkeys([*own[:1], *(m for m in own if m == "shortft")]):
+        runs = results[reward, method]
+        apart = min(map(gain, runs)) > max(map(gain, rival[1]))
+        ahead = median_gain(runs) > median_gain(rival[1])
+        lines.append(
+            f"- {method} against the best rival, {rival[0]}: gain ratio "
+            f"{ratio_text(gain_ratio(results, reward, method))}; ranges over seeds "
+            f"{'are apart' if apart else 'overlap' if ahead else 'say it lost'}; its final reward: "
+            f"{reached_text(results, reward, method)}."
+        )
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

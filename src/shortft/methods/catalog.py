@@ -63,6 +63,7 @@ class Method:
         return self.placement == "few_step"
 
 
+OURS = "this project"
 SHORTFT = "Guo et al., ICCV 2025, arXiv 2507.22604"
 DRAFT = "Clark et al., ICLR 2024, arXiv 2309.17400"
 FLOWBP = "Wang et al. 2026, arXiv 2606.11075"
@@ -178,9 +179,9 @@ METHODS: dict[str, Method] = {
         },
     ),
     "thinned": Method(
-        "a random thinning of the chain, gradient through every call of it",
-        "ours",
-        {"calls": Option(6, "steps of the thinned chain", low=1)},
+        "a random thinning of the chain to a few calls, gradient through all of them",
+        OURS,
+        {"calls": Option(6, "calls of the thinned chain; measured, see docs/methods.md", low=1)},
     ),
     "full": Method(
         "gradient through every step; recompute is wise",

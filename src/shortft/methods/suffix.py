@@ -1,7 +1,8 @@
-"""Methods that run the true chain and let gradient into some of its last steps."""
+"""Methods that run the true chain, or some of its points, with gradient from some step on."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 
 import torch
@@ -23,28 +24,6 @@ def share_of(n: int, share: float) -> int:
     return max(1, min(n, round(share * n)))
 
 
-def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
-    """A random thinning of the chain, with gradient through all of it (ours).
-
-    From point 0 over `calls` - 1 points, one drawn from each of as many equal parts of the
-    points that are left, to the end: every timestep is met in training, and the chain is `calls`
-    steps long.
-    """
-    n = schedule.num_steps
-    if calls > n:
-        raise ValueError(f"calls = {calls}, but the chain has {n} steps")
-    parts = calls - 1
-    edges = [1 + i * (n - 1) // parts for i in range(parts + 1)] if parts else []
-    drawn = [
-        integer(draw, low, high - 1) for low, high in zip(edges, edges[1:], strict=False)
-    ]
-    points = [0, *drawn, n]
-    steps = (
-        Step(i, j, "policy", 1, trains=True) for i, j in zip(points, points[1:], strict=False)
-    )
-    return Plan(tuple(steps), (1,))
-
-
 def integer(draw: torch.Generator, low: int, high: int) -> int:
     """Uniform on low…high, both included."""
     return int(torch.randint(low, high + 1, (1,), generator=draw))
@@ -53,6 +32,22 @@ def integer(draw: torch.Generator, low: int, high: int) -> int:
 def full(schedule: Schedule, draw: torch.Generator) -> Plan:
     """Gradient through every step."""
     return draft_k(schedule, draw, k=schedule.num_steps)
+
+
+def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
+    """A random thinning of the chain, with gradient through all of it (ours).
+
+    From point 0 over `calls` - 1 points, one drawn from each of as many equal parts of those that
+    are left, to the end. So the chain is short, and every timestep is met in training.
+    """
+    n = schedule.num_steps
+    if calls > n:
+        raise ValueError(f"calls = {calls}, but the chain has {n} steps")
+    parts = max(1, calls - 1)
+    edges = [1 + i * (n - 1) // parts for i in range(calls)]
+    drawn = [integer(draw, low, high - 1) for low, high in itertools.pairwise(edges)]
+    pairs = itertools.pairwise([0, *drawn, n])
+    return Plan(tuple(Step(i, j, "policy", 1, trains=True) for i, j in pairs), (1,))
 
 
 def draft_k(schedule: Schedule, draw: torch.Generator, *, k: int) -> Plan:
