@@ -7,8 +7,11 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,12 +25,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
 
 from shortft.assets import asset
 from shortft.families.flux import Flux
+from shortft.families.flux2 import Flux2Klein
 from shortft.families.pipeline import PipelineFamily
 from shortft.families.sd import StableDiffusion
 from shortft.families.sd3 import StableDiffusion3
@@ -188,6 +194,34 @@ def flux() -> FluxPipeline:
     )
 
 
+def flux2() -> Flux2KleinPipeline:
+    """Klein, 4 B, as it was before distillation: with guidance."""
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=3 * 2560,
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(),
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=151936,
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                tie_word_embeddings=True,
+            )
+        ),
+        tokenizer=None,
+    )
+
+
 # Name → family, its pipeline, tokens of a prompt's embedding.
 MODELS: dict[str, tuple[type[PipelineFamily], Callable[[], Any], int]] = {
     "small": (StableDiffusion, small, 77),
@@ -204,4 +238,5 @@ MODELS: dict[str, tuple[type[PipelineFamily], Callable[[], Any], int]] = {
         77 + 256,
     ),
     "flux": (Flux, flux, 512),
+    "flux2": (Flux2Klein, flux2, 512),
 }

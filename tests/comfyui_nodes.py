@@ -1,4 +1,4 @@
-"""What ComfyUI's nodes take and give, as nodes.py and comfy_extras declare them (late 2025).
+"""What ComfyUI's nodes take and give, as nodes.py and comfy_extras declare them (early 2026).
 
 name → (required, optional, outputs); an input is a type name, a (least, greatest) range, a tuple of
 choices, or the name of a folder whose files it lists.
@@ -26,6 +26,11 @@ NODES: dict[str, tuple[Inputs, Inputs, tuple[str, ...]]] = {
     ),
     "DualCLIPLoader": (
         {"clip_name1": FILE, "clip_name2": FILE, "type": ("sdxl", "sd3", "flux", "hunyuan_video")},
+        {"device": ("default", "cpu")},
+        ("CLIP",),
+    ),
+    "CLIPLoader": (
+        {"clip_name": FILE, "type": ("stable_diffusion", "sd3", "qwen_image", "flux2")},
         {"device": ("default", "cpu")},
         ("CLIP",),
     ),
@@ -74,6 +79,35 @@ NODES: dict[str, tuple[Inputs, Inputs, tuple[str, ...]]] = {
         {"width": SIZE, "height": SIZE, "batch_size": (1, 4096)},
         {},
         ("LATENT",),
+    ),
+    "EmptyFlux2LatentImage": (
+        {"width": SIZE, "height": SIZE, "batch_size": (1, 4096)},
+        {},
+        ("LATENT",),
+    ),
+    "Flux2Scheduler": ({"steps": (1, 4096), "width": SIZE, "height": SIZE}, {}, ("SIGMAS",)),
+    "RandomNoise": ({"noise_seed": (0, 2**64 - 1)}, {}, ("NOISE",)),
+    "KSamplerSelect": ({"sampler_name": SAMPLERS}, {}, ("SAMPLER",)),
+    "CFGGuider": (
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "cfg": (0.0, 100.0),
+        },
+        {},
+        ("GUIDER",),
+    ),
+    "SamplerCustomAdvanced": (
+        {
+            "noise": "NOISE",
+            "guider": "GUIDER",
+            "sampler": "SAMPLER",
+            "sigmas": "SIGMAS",
+            "latent_image": "LATENT",
+        },
+        {},
+        ("LATENT", "LATENT"),
     ),
     "KSampler": (
         {

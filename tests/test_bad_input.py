@@ -162,7 +162,7 @@ def test_image_sizes(size: str, told: Told, tmp_path: Path):
 # LoRAs
 
 
-@pytest.mark.parametrize("other", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("other", ["sdxl", "sd3", "flux", "flux2"])
 def test_loras_of_another_family(other: str, told: Told, model: Path, tmp_path: Path):
     """As a shortcut, and as an adapter in every command that takes one."""
     family, out = FAMILIES[other](), tmp_path / "out"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import comfyui_nodes
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
-from shortft.comfyui import keyframes, shares, workflow
+from shortft.comfyui import FLUX2_SHIFT, keyframes, shares, workflow
 from shortft.export import kohya_state, plain_state
 from shortft.families.base import Guidance
 from shortft.model_card import card, header, shareable
@@ -138,6 +138,8 @@ CHAINS = {
     "sd3": flow_schedule(28, shift=3.0),
     "flux": flow_schedule(28, shift=math.exp(1.15), smallest=1 / 28),
     "flux, schnell": flow_schedule(4, smallest=1 / 4),
+    "flux2": flow_schedule(50, shift=math.exp(2.0227), smallest=1 / 50),  # of 4,096 tokens
+    "flux2, small": flow_schedule(28, shift=math.exp(1.8557), smallest=1 / 28),  # of 1,024
 }
 
 
@@ -150,6 +152,8 @@ def comfy_steps(name: str, schedule: Schedule) -> list[float]:
 
     if name in ("sd", "sdxl"):  # ddim_uniform
         return [float(t) for t in range(1, 1000, 1000 // n)][::-1]
+    if name.startswith("flux2"):  # Flux2Scheduler: evenly from 1, shifted
+        return [shifted(1 - i / n) for i in range(n)]
     if name == "sd3":  # normal: evenly from the largest to the smallest sigma, shifted once more
         low = shifted(1 / 1000)
         return [shifted(1 - i * (1 - low) / (n - 1)) for i in range(n)]
@@ -158,14 +162,14 @@ def comfy_steps(name: str, schedule: Schedule) -> list[float]:
 
 
 def comfy_strengths(
-    frames: list[tuple[float, float]], steps: list[float], schedule: Schedule
+    frames: list[tuple[float, float]], steps: list[float], schedule: Schedule, shift: float
 ) -> list[float]:
     """HookKeyframeGroup: the last keyframe whose start was reached; each holds for a step."""
 
     def start(p: float) -> float:
         if schedule.prediction_type != "flow":
             return 1e9 if p <= 0 else (1 - p) * 999
-        shift, u = schedule.shift, 1 - p
+        u = 1 - p
         return 1.0 if p <= 0 else shift * u / (1 + (shift - 1) * u)
 
     current, used, seen = 0, 0, []
@@ -191,13 +195,14 @@ def test_comfyui_workflow(name: str):
     own = schedule.timesteps if name in ("sd", "sdxl") else schedule.sigma[:-1]
     torch.testing.assert_close(torch.tensor(steps), own.float(), atol=1e-3, rtol=0)
     files = [f"x-{n}.safetensors" for n in range(1, k + 1)]
+    shift = FLUX2_SHIFT if name.startswith("flux2") else schedule.shift
     for number in range(1, k + 1):
         active = [count >= number for count in stacked]
-        frames = keyframes(shares(schedule), active)
-        assert comfy_strengths(frames, steps, schedule) == [float(on) for on in active]
+        frames = keyframes(shares(schedule, shift), active)
+        assert comfy_strengths(frames, steps, schedule, shift) == [float(on) for on in active]
         # A sampler whose steps are a little off is routed alike.
         off = [step * 0.999 for step in steps]
-        assert comfy_strengths(frames, off, schedule) == [float(on) for on in active]
+        assert comfy_strengths(frames, off, schedule, shift) == [float(on) for on in active]
     family = name.partition(",")[0]
     graph = workflow(family, schedule, stacked, files, 3.5, 512)
     comfyui_nodes.check(graph)
@@ -205,7 +210,7 @@ def test_comfyui_workflow(name: str):
     assert kinds.count("CreateHookLoraModelOnly") == kinds.count("SetHookKeyframes") == k
     sides = [n["inputs"] for n in graph.values() if n["class_type"] == "ConditioningSetProperties"]
     assert all(side["hooks"] for side in sides)
-    (sampler,) = [n["inputs"] for n in graph.values() if n["class_type"] == "KSampler"]
+    (sampler,) = [n["inputs"] for n in graph.values() if "cfg" in n["inputs"]]
     assert sampler["cfg"] == (1.0 if family == "flux" else 3.5)
 
 
@@ -264,6 +269,8 @@ REAL = {  # names in a LoRA's header, by what tells the variants of a family apa
     "sdxl_base_v1-0": ("sdxl", {}, "stable-diffusion-xl-v1-base"),
     "sd3": ("sd3", {"dual_attention_layers": (), "num_layers": 24}, "stable-diffusion-3-m"),
     "flux1": ("flux", {"guidance_embeds": True}, "flux-1-dev"),
+    "flux2_klein_4b": ("flux2", {"num_attention_heads": 24}, "Flux.2-klein-4b"),
+    "flux2_klein_9b": ("flux2", {"num_attention_heads": 32}, "Flux.2-klein-9b"),
 }
 
 
@@ -293,7 +300,7 @@ A1111 = re.compile(  # what its network.py and lora.py take for U-Nets, SD 1.x t
 )
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux2"])
 def test_keys_are_those_that_tools_read(name: str):
     """kohya's names for U-Nets; peft's with `transformer.` for SD3 and FLUX, as ComfyUI reads."""
     family = FAMILIES[name]()

@@ -32,7 +32,7 @@ STEPS, K, SCALE = 6, 3, 3.0
 def drawn(pipe: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     images: Tensor = pipe(
-        PROMPTS,
+        prompt=PROMPTS,
         num_inference_steps=STEPS,
         guidance_scale=SCALE,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
@@ -43,7 +43,7 @@ def drawn(pipe: Any) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux2"])
 def test_round_trip(tmp_path: Path, name: str):
     model = tmp_path / "model"
 
@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path, name: str):
 
     with quiet():
         fresh().save_pretrained(model)
-    if name == "flux":
+    if "flux" in name:
         (model / "shortft.json").write_text(json.dumps({"resolution": 16}))
     family = load_family(str(model), device="cpu")
     nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)

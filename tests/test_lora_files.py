@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shortft.errors import UserError
 from shortft.families.flux import Flux
+from shortft.families.flux2 import Flux2Klein
 from shortft.families.sd3 import StableDiffusion3
 from shortft.families.sdxl import StableDiffusionXL
 from shortft.networks import SHORTCUT, add_lora, lora_parameters, lora_state, view
@@ -27,6 +28,7 @@ FAMILIES = {
     "sdxl": lambda: StableDiffusionXL(tiny("sdxl"), "tiny"),
     "sd3": lambda: StableDiffusion3(tiny("sd3"), "tiny"),
     "flux": lambda: Flux(tiny("flux"), "tiny", resolution=16),
+    "flux2": lambda: Flux2Klein(tiny("flux2"), "tiny", resolution=16),
 }
 
 

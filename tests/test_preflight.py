@@ -16,8 +16,10 @@ from shortft.preflight import dry_run, machine
 from shortft.preflight.estimate import estimate
 from shortft.preflight.outline import encoder_parameters, parameters
 from shortft.preflight.places import configurations, needed
+from shortft.quiet import quiet
 from shortft.recipes import MEMORY_GB, recipe, recipe_names
 from shortft.trainer import Trainer
+from tiny_families import tiny
 
 GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
 
@@ -37,6 +39,21 @@ def test_counting_agrees_with_the_real_model():
     measured = measure_cost(trainer)
     assert found.cost.call_bytes == pytest.approx(measured.call_bytes, rel=0.3)
     assert found.schedule.timesteps.tolist() == trainer.schedule.timesteps.tolist()
+
+
+def test_a_distilled_model_is_counted_without_guidance(tmp_path: Path):
+    """FLUX.2's model_index.json says so; its weights are not read, its decoder stays its own."""
+    kept = []
+    for distilled in (False, True):
+        folder = tmp_path / str(distilled)
+        with quiet():
+            tiny("flux2", distilled=distilled).save_pretrained(folder)
+        for weights in folder.rglob("*.safetensors"):
+            weights.unlink()
+        options = {"model": str(folder), "resolution": 16, "decoder": str(folder / "vae")}
+        config = Config(shortcut="plain", reward="symmetry", **options)
+        kept.append(estimate(config, folder, gpu=False, speed=1e9).cost.call_bytes)
+    assert kept[0] == pytest.approx(2 * kept[1], rel=0.2)
 
 
 def estimated(name: str) -> float:

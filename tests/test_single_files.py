@@ -91,6 +91,16 @@ def test_flux_under_diffusers_own_names(tmp_path: Path):
         load(tmp_path / "layout", tmp_path / "model.safetensors")
 
 
+def test_flux2_is_refused(tmp_path: Path):
+    pipe = tiny("flux2")
+
+    def write(pipe: Any, path: Path) -> Path:
+        return single_files.write(path, pipe.transformer.state_dict())
+
+    with pytest.raises(UserError, match=r"model\.safetensors: FLUX\.2 is not read from a single"):
+        written(pipe, tmp_path, write)
+
+
 def test_a_file_draws_what_its_pipeline_draws(tmp_path: Path):
     """From the file beside its model_index.json, as in the repositories on the hub."""
     from test_families import ours, theirs

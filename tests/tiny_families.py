@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -18,11 +21,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -77,8 +84,40 @@ def t5_encoder(*, width: int = 16) -> T5EncoderModel:
     )
 
 
-def autoencoder(**options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def qwen_tokenizer() -> Qwen2TokenizerFast:
+    """One token per byte, and Qwen3's way of putting a message."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(ByteLevel.alphabet())
+    return Qwen2TokenizerFast(
+        vocab={token: i for i, token in enumerate([*letters, *special])},
+        merges=[],
+        extra_special_tokens=special[1:],
+        chat_template=(
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+            "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+            "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+        ),
+    )
+
+
+def qwen_encoder(*, width: int = 8) -> Qwen3ForCausalLM:
+    """Deep enough for the layers 9, 18 and 27, which FLUX.2 klein reads."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(qwen_tokenizer()),
+            hidden_size=width,
+            intermediate_size=12,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def autoencoder(kind: Any = AutoencoderKL, **options: Any) -> Any:
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -218,11 +257,45 @@ def tiny_flux(
     )
 
 
+def tiny_flux2(*, distilled: bool = False) -> Flux2KleinPipeline:
+    """Joint and single layers; a decoder whose running statistics differ by channel."""
+    vae = autoencoder(AutoencoderKLFlux2, latent_channels=4)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=1000,
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
+        vae=vae,
+        text_encoder=qwen_encoder(width=8),
+        tokenizer=qwen_tokenizer(),
+        is_distilled=distilled,
+    )
+
+
 BUILDERS: dict[str, Callable[..., Any]] = {
     "sd": tiny_sd,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "flux": tiny_flux,
+    "flux2": tiny_flux2,
 }
 
 

@@ -137,11 +137,20 @@ class TimestepRouter:
     def _route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         value = timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
-        counts = self._counts()
+        counts, scheduler = self._counts(), self._pipe.scheduler
         # Some networks are told a fraction of the training time, and half precision rounds it.
-        total = self._pipe.scheduler.config.num_train_timesteps
-        visited = min(counts, key=lambda t: min(abs(value - t), abs(value * total - t)))
-        if min(abs(value - visited), abs(value * total - visited)) > total / 200:
+        total = scheduler.config.num_train_timesteps
+
+        def off(visited: float) -> float:
+            return min(abs(value - visited), abs(value * total - visited))
+
+        visited = min(counts, key=off)
+        # Rounded, close steps look alike: a scheduler that counts its steps knows which one it is.
+        step = getattr(scheduler, "step_index", None)
+        if step is not None and step < len(scheduler.timesteps):
+            counted = float(scheduler.timesteps[step])
+            visited = counted if off(counted) <= total / 200 else visited
+        if off(visited) > total / 200:
             raise RuntimeError(
                 f"the denoiser was called at timestep {value}, which is not in the pipeline's "
                 f"schedule {list(counts)}: the LoRAs cannot be routed"

@@ -1,11 +1,12 @@
 """A timestep schedule as a ComfyUI workflow: LoRA hooks with keyframes (API format).
 
-Nodes and their inputs are those that ComfyUI's nodes.py, nodes_hooks.py, nodes_model_advanced.py
-and nodes_flux.py declare; ``tests/comfyui_nodes.py`` lists them.
+Nodes and their inputs are those that ComfyUI's nodes.py, nodes_hooks.py, nodes_model_advanced.py,
+nodes_custom_sampler.py and nodes_flux.py declare; ``tests/comfyui_nodes.py`` lists them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,18 +15,22 @@ from shortft.schedule import Schedule
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
 CHOOSE = "CHOOSE-{}.safetensors"
+FLUX2_SHIFT = math.exp(2.02)  # of ComfyUI's FLUX.2, whatever steps Flux2Scheduler gives it
 
 
-def shares(schedule: Schedule) -> list[float]:
+def shares(schedule: Schedule, shift: float | None = None) -> list[float]:
     """Where each step lies for ComfyUI: 0 at the start of sampling, 1 at its end.
 
     Share p stands for training timestep (1 - p)·(T - 1), and for flow matching for the sigma that
     1 - p becomes by the shift (`percent_to_sigma` of ComfyUI's model_sampling.py).
+
+    Args:
+        shift: of the model in ComfyUI, where it is not the schedule's.
     """
     if schedule.prediction_type != "flow":
         last = schedule.train_timesteps - 1
         return [1 - t / last for t in schedule.timesteps.tolist()]
-    shift = schedule.shift
+    shift = shift or schedule.shift
     return [1 - s / (shift - (shift - 1) * s) for s in schedule.sigma[:-1].tolist()]
 
 
@@ -68,7 +73,8 @@ def workflow(
     """A text-to-image workflow in which every LoRA acts at its own timesteps.
 
     Args:
-        family: "sd", "sdxl", "sd3" or "flux"; what ComfyUI loads and samples with follows it.
+        family: "sd", "sdxl", "sd3", "flux" or "flux2"; what ComfyUI loads and samples with
+            follows it.
         schedule: the chain of the adapter.
         stacked: how many LoRAs act at each of its steps.
         files: names of the LoRA files 1…k in ComfyUI's `models/loras`.
@@ -76,7 +82,8 @@ def workflow(
     """
     build = Builder()
     model, clip, vae = _load(build, family, schedule, resolution)
-    hooks = _hooks(build, shares(schedule), stacked, files)
+    places = shares(schedule, FLUX2_SHIFT if family == "flux2" else None)
+    hooks = _hooks(build, places, stacked, files)
     sides = []
     for text in ("YOUR PROMPT", ""):
         encoded = build.add("CLIPTextEncode", clip=clip, text=text)
@@ -91,6 +98,23 @@ def workflow(
                 hooks=hooks,
             )
         )
+    sample = _sample_flux2 if family == "flux2" else _sample
+    samples = sample(build, family, schedule, (model, *sides), guidance_scale, resolution)
+    images = build.add("VAEDecode", samples=samples, vae=vae)
+    build.add("SaveImage", images=images, filename_prefix="shortft")
+    return build.graph
+
+
+def _sample(
+    build: Builder,
+    family: str,
+    schedule: Schedule,
+    inputs: tuple[Link, ...],
+    guidance_scale: float,
+    resolution: int,
+) -> Link:
+    """Latents of a picture; inputs: model, prompt, empty prompt."""
+    model, positive, negative = inputs
     flow = schedule.prediction_type == "flow"
     latents = build.add(
         "EmptySD3LatentImage" if flow else "EmptyLatentImage",
@@ -98,11 +122,11 @@ def workflow(
         height=resolution,
         batch_size=1,
     )
-    samples = build.add(
+    return build.add(
         "KSampler",
         model=model,
-        positive=sides[0],
-        negative=sides[1],
+        positive=positive,
+        negative=negative,
         latent_image=latents,
         seed=0,
         steps=schedule.num_steps,
@@ -112,15 +136,41 @@ def workflow(
         scheduler={"flux": "simple", "sd3": "normal"}.get(family, "ddim_uniform"),
         denoise=1.0,
     )
-    images = build.add("VAEDecode", samples=samples, vae=vae)
-    build.add("SaveImage", images=images, filename_prefix="shortft")
-    return build.graph
+
+
+def _sample_flux2(
+    build: Builder,
+    family: str,
+    schedule: Schedule,
+    inputs: tuple[Link, ...],
+    guidance_scale: float,
+    resolution: int,
+) -> Link:
+    """The same for FLUX.2, whose shift by the number of steps only its own scheduler node knows."""
+    model, positive, negative = inputs
+    size = {"width": resolution, "height": resolution}
+    return build.add(
+        "SamplerCustomAdvanced",
+        noise=build.add("RandomNoise", noise_seed=0),
+        guider=build.add(
+            "CFGGuider", model=model, positive=positive, negative=negative, cfg=guidance_scale
+        ),
+        sampler=build.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=build.add("Flux2Scheduler", steps=schedule.num_steps, **size),
+        latent_image=build.add("EmptyFlux2LatentImage", batch_size=1, **size),
+    )
 
 
 def _load(
     build: Builder, family: str, schedule: Schedule, resolution: int
 ) -> tuple[Link, Link, Link]:
     """Model, text encoders and decoder, with the family's shift of the schedule."""
+    if family == "flux2":
+        return (
+            build.add("UNETLoader", unet_name=CHOOSE.format("FLUX2-MODEL"), weight_dtype="default"),
+            build.add("CLIPLoader", clip_name=CHOOSE.format("QWEN3"), type="flux2"),
+            build.add("VAELoader", vae_name=CHOOSE.format("FLUX2-VAE")),
+        )
     if family == "flux":
         model = build.add(
             "UNETLoader", unet_name=CHOOSE.format("FLUX-MODEL"), weight_dtype="default"

@@ -83,7 +83,7 @@ def kohya_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names that kohya's tools, A1111 and ComfyUI read.
 
     U-Nets get kohya's names with an alpha per layer; transformers keep peft's, which ComfyUI
-    reads for SD3 and FLUX.
+    reads for SD3, FLUX.1 and FLUX.2.
     """
     if not all(key.startswith("unet.") for key in state):
         return dict(state)

@@ -75,6 +75,9 @@ def base_names(family: Family, schedule: Schedule) -> tuple[str, str]:
         if config.dual_attention_layers:
             return "sd3", "stable-diffusion-3-5-medium"
         return "sd3", f"stable-diffusion-3-{'5-large' if config.num_layers >= 38 else 'm'}"
+    if family.name == "flux2":  # as ai-toolkit and musubi-tuner call them
+        size = "9b" if config.num_attention_heads >= 32 else "4b"
+        return f"flux2_klein_{size}", f"Flux.2-klein-{size}"
     return "flux1", f"flux-1-{'dev' if config.guidance_embeds else 'schnell'}"
 
 

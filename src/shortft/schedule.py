@@ -157,6 +157,7 @@ def flow_schedule_from_config(
     num_steps: int,
     *,
     tokens: int | None = None,
+    mu: float | None = None,
     smallest: float | None = None,
 ) -> Schedule:
     """The schedule of a FlowMatchEulerDiscreteScheduler config.
@@ -164,6 +165,7 @@ def flow_schedule_from_config(
     Args:
         tokens: image tokens of one sample. Where the config asks for a dynamic shift, mu lies on
             the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+        mu: of a dynamic shift, where the model has another rule for it.
         smallest: as in `flow_schedule`.
 
     Raises:
@@ -178,14 +180,19 @@ def flow_schedule_from_config(
     total = int(config["num_train_timesteps"])
     shift = float(config.get("shift", 1.0))
     if config.get("use_dynamic_shifting"):
-        if tokens is None:
-            raise ValueError("the scheduler's use_dynamic_shifting is not supported for this model")
-        low, high = int(config["base_image_seq_len"]), int(config["max_image_seq_len"])
-        first, last = float(config["base_shift"]), float(config["max_shift"])
-        mu = first + (last - first) * (tokens - low) / (high - low)
+        if mu is None:
+            mu = _mu(config, tokens)
         shift = math.exp(mu) if config.get("time_shift_type") != "linear" else mu
         smallest = 1 / total if smallest is None else smallest
     return flow_schedule(num_steps, shift=shift, smallest=smallest, train_timesteps=total)
+
+
+def _mu(config: Mapping[str, Any], tokens: int | None) -> float:
+    if tokens is None:
+        raise ValueError("the scheduler's use_dynamic_shifting is not supported for this model")
+    low, high = int(config["base_image_seq_len"]), int(config["max_image_seq_len"])
+    first, last = float(config["base_shift"]), float(config["max_shift"])
+    return first + (last - first) * (tokens - low) / (high - low)
 
 
 def schedule_from_config(config: Mapping[str, Any], num_steps: int) -> Schedule:

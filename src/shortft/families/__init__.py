@@ -18,6 +18,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "FluxPipeline": ("flux", "Flux"),
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
 }
 
 

@@ -33,6 +33,7 @@ class PipelineFamily:
         prefixes: text encoder → how its keys start in a single file of the original layout.
         text_in_fp32: keep the text encoders in fp32 whatever the precision.
         prompt_tokens: length of a prompt's embeddings.
+        decoders: diffusers' classes that can stand in for the decoder.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PipelineFamily:
     prefixes: ClassVar[dict[str, tuple[str, ...]]]
     text_in_fp32: ClassVar[bool] = False
     prompt_tokens: ClassVar[int] = 77
+    decoders: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
     resolution: int
     lora_targets: tuple[str, ...]
     shortcut_targets: tuple[str, ...]
@@ -110,7 +112,7 @@ class PipelineFamily:
         dtype = torch.bfloat16 if half else torch.float32
         options = dict(cls.load_options)
         if decoder is not None:
-            options["vae"] = load_decoder(decoder, source)
+            options["vae"] = load_decoder(decoder, source, cls.decoders)
         pipeline = cls.open(source, dtype, **options)
         own = own_defaults(source)
         family = cls(
@@ -159,13 +161,16 @@ class PipelineFamily:
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 3, H, W) images in [0, 1] from latents (B, C, h, w)."""
-        config = self.vae.config
-        scaled = latents / config.scaling_factor
-        if config.get("shift_factor"):
-            scaled = scaled + config.shift_factor
+        decoded = self._as_decoded(latents).to(self.working(latents, self.vae_dtype))
         with autocast(self.device, self.vae_dtype):
-            image = self.vae.decode(scaled.to(self.working(latents, self.vae_dtype)))[0]
+            image = self.vae.decode(decoded)[0]
         return (image.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def _as_decoded(self, latents: Tensor) -> Tensor:
+        """Latents as the decoder takes them."""
+        config = self.vae.config
+        scaled: Tensor = latents / config.scaling_factor
+        return scaled + config.shift_factor if config.get("shift_factor") else scaled
 
     def working(self, x: Tensor, half: torch.dtype) -> torch.dtype:
         """Half precision where it is asked for; otherwise the caller's (tests use float64)."""

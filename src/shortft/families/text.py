@@ -14,19 +14,20 @@ BATCH = 32
 
 
 def encode_in_batches(
-    encode: Callable[[list[str]], tuple[Tensor, ...]], prompts: Sequence[str]
+    encode: Callable[[list[str]], tuple[Tensor, ...]], prompts: Sequence[str], size: int = BATCH
 ) -> tuple[Tensor, ...]:
     """What encode returns for each prompt (tensors whose first dimension is the prompt), joined."""
-    parts = [encode(list(prompts[i : i + BATCH])) for i in range(0, len(prompts), BATCH)]
+    parts = [encode(list(prompts[i : i + size])) for i in range(0, len(prompts), size)]
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
-def with_empty(states: Tensor, pooled: Tensor) -> Conditioning:
+def with_empty(states: Tensor, pooled: Tensor | None = None) -> Conditioning:
     """Conditioning from embeddings and pooled vectors whose first row is the empty prompt's."""
     count = len(states) - 1
-    return Conditioning(
-        states[1:], states[:1].expand(count, -1, -1), pooled[1:], pooled[:1].expand(count, -1)
-    )
+    positive, negative = states[1:], states[:1].expand(count, -1, -1)
+    if pooled is None:
+        return Conditioning(positive, negative)
+    return Conditioning(positive, negative, pooled[1:], pooled[:1].expand(count, -1))
 
 
 class KnownPrompts:

@@ -56,7 +56,8 @@ def empty_family(
 
     Args:
         folder: in diffusers' layout; weights and text encoders may be absent.
-        tiny_decoder: an AutoencoderTiny decodes in place of the model's own decoder.
+        tiny_decoder: an AutoencoderTiny decodes in place of the model's own decoder, if the
+            family can use one.
         gpu: choose attention as it is chosen on a GPU.
 
     Raises:
@@ -68,13 +69,14 @@ def empty_family(
     pipeline_class = family_class.pipeline_class
     modules, options = pipeline_class._get_signature_keys(pipeline_class)
     parts: dict[str, Any] = dict.fromkeys(modules)
+    parts |= {name: index[name] for name in options if name in index}
     if "requires_safety_checker" in options:
         parts["requires_safety_checker"] = False
     try:
         with quiet(), torch.device("meta"):
             for name in (family_class.part, "vae"):
                 parts[name] = _made(folder, index, name)
-            if tiny_decoder:
+            if tiny_decoder and "AutoencoderTiny" in family_class.decoders:
                 channels = parts["vae"].config.latent_channels
                 parts["vae"] = diffusers.AutoencoderTiny(latent_channels=channels)
         with quiet():

@@ -25,6 +25,7 @@ KNOWN = {
     "stabilityai/stable-diffusion-3-medium-diffusers": ("sd3", 15.4),
     "stabilityai/stable-diffusion-3.5-medium": ("sd35", 15.9),
     "black-forest-labs/FLUX.1-dev": ("flux", 33.7),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("flux2", 16.0),
 }
 REWARD_GB = {"pickscore": 3.9, "hpsv2": 2.0, "hpsv2.1": 2.0, "imagereward": 1.8, "aesthetic": 1.7}
 SMALL_GB = 0.5  # a LoRA, a small decoder
