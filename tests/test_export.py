@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import comfyui_nodes
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
-from shortft.comfyui import FLUX2_SHIFT, keyframes, shares, workflow
+from shortft.comfyui import Graph, Link, workflow
 from shortft.export import kohya_state, plain_state
 from shortft.families.base import Guidance
 from shortft.model_card import card, header, shareable
@@ -185,6 +185,13 @@ def comfy_strengths(
     return seen
 
 
+def frames_of(graph: Graph, link: Link) -> list[tuple[float, float]]:
+    """The keyframes that end in a link, in order: start and strength."""
+    inputs = graph[link[0]]["inputs"]
+    before = frames_of(graph, inputs["prev_hook_kf"]) if "prev_hook_kf" in inputs else []
+    return [*before, (inputs["start_percent"], inputs["strength_mult"])]
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_comfyui_workflow(name: str):
     """It takes the family's own steps, and switches each LoRA at its timesteps."""
@@ -195,17 +202,18 @@ def test_comfyui_workflow(name: str):
     own = schedule.timesteps if name in ("sd", "sdxl") else schedule.sigma[:-1]
     torch.testing.assert_close(torch.tensor(steps), own.float(), atol=1e-3, rtol=0)
     files = [f"x-{n}.safetensors" for n in range(1, k + 1)]
-    shift = FLUX2_SHIFT if name.startswith("flux2") else schedule.shift
-    for number in range(1, k + 1):
-        active = [count >= number for count in stacked]
-        frames = keyframes(shares(schedule, shift), active)
-        assert comfy_strengths(frames, steps, schedule, shift) == [float(on) for on in active]
-        # A sampler whose steps are a little off is routed alike.
-        off = [step * 0.999 for step in steps]
-        assert comfy_strengths(frames, off, schedule, shift) == [float(on) for on in active]
     family = name.partition(",")[0]
     graph = workflow(family, schedule, stacked, files, 3.5, 512)
     comfyui_nodes.check(graph)
+    shift = math.exp(2.02) if family == "flux2" else schedule.shift  # of the model in ComfyUI
+    hooks = [n["inputs"] for n in graph.values() if n["class_type"] == "SetHookKeyframes"]
+    for number, hook in enumerate(hooks, start=1):
+        active = [float(count >= number) for count in stacked]
+        frames = frames_of(graph, hook["hook_kf"])
+        assert comfy_strengths(frames, steps, schedule, shift) == active
+        # A sampler whose steps are a little off is routed alike.
+        off = [step * 0.999 for step in steps]
+        assert comfy_strengths(frames, off, schedule, shift) == active
     kinds = [node["class_type"] for node in graph.values()]
     assert kinds.count("CreateHookLoraModelOnly") == kinds.count("SetHookKeyframes") == k
     sides = [n["inputs"] for n in graph.values() if n["class_type"] == "ConditioningSetProperties"]
