@@ -459,13 +459,13 @@ def test_half_precision_routes_every_step(models, tmp_path: Path, name: str, ste
     with quiet():
         pipe = tiny(name).to(torch.bfloat16)
     router = load_adapter(pipe, tmp_path)
-    plan = inference_plan(family.schedule(steps), K)
-    for _ in range(2):
+    for number in (steps, STEPS):
+        plan = inference_plan(family.schedule(number), K)
         active: list[int] = []
         hook = pipe.transformer.register_forward_hook(
             lambda *_, seen=active: seen.append(router._active or 0)
         )
-        theirs(pipe, 32, scale=1.0, steps=steps)
+        theirs(pipe, 32, scale=1.0, steps=number)
         hook.remove()
         assert active == [step.adapters for step in plan.steps]
 
