@@ -155,8 +155,8 @@ def fused(state: State, names: tuple[str, ...], into: str) -> None:
 
 def swapped(state: State, name: str) -> None:
     """Scale and shift of the last modulation stand the other way round."""
-    for kind in ("weight", "bias"):
-        state[f"{name}.{kind}"] = torch.cat(state[f"{name}.{kind}"].chunk(2)[::-1])
+    for key in {f"{name}.weight", f"{name}.bias"} & state.keys():
+        state[key] = torch.cat(state[key].chunk(2)[::-1])
 
 
 def sd3_transformer(module: Any) -> State:
@@ -198,47 +198,77 @@ def sd3_transformer(module: Any) -> State:
     return prefixed(NET, state)
 
 
-def flux_transformer(module: Any) -> State:
-    """BFL's names, without a prefix, as in their own file."""
+# What FLUX.1 and FLUX.2 name alike; after their own rules.
+BFL = (
+    (r"^(\w+_in)\.1", r"\1.in_layer"),
+    (r"^(\w+_in)\.2", r"\1.out_layer"),
+    (r"^context_embedder", "txt_in"),
+    (r"^x_embedder", "img_in"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^single_transformer_blocks", "single_blocks"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
+    (r"^transformer_blocks", "double_blocks"),
+    (r"attn\.to_add_out", "txt_attn.proj"),
+    (r"attn\.to_out\.0", "img_attn.proj"),
+    (r"attn\.norm_added_q\.weight", "txt_attn.norm.query_norm.scale"),
+    (r"attn\.norm_added_k\.weight", "txt_attn.norm.key_norm.scale"),
+    (r"(double_blocks\.\d+\.)attn\.norm_q\.weight", r"\1img_attn.norm.query_norm.scale"),
+    (r"(double_blocks\.\d+\.)attn\.norm_k\.weight", r"\1img_attn.norm.key_norm.scale"),
+)
+
+
+def bfl(module: Any) -> State:
+    """Weights with q, k and v of the joint blocks in one, and the last modulation swapped."""
     state = dict(module.state_dict())
     for i in range(module.config.num_layers):
         old, new = f"transformer_blocks.{i}.attn", f"double_blocks.{i}"
         fused(state, tuple(f"{old}.to_{letter}" for letter in "qkv"), f"{new}.img_attn.qkv")
         added = tuple(f"{old}.add_{letter}_proj" for letter in "qkv")
         fused(state, added, f"{new}.txt_attn.qkv")
+    swapped(state, "norm_out.linear")
+    return state
+
+
+def flux_transformer(module: Any) -> State:
+    """BFL's names, without a prefix, as in their own file."""
+    state = bfl(module)
     for i in range(module.config.num_single_layers):
         old = f"single_transformer_blocks.{i}"
         parts = (*(f"{old}.attn.to_{letter}" for letter in "qkv"), f"{old}.proj_mlp")
         fused(state, parts, f"single_blocks.{i}.linear1")
-    swapped(state, "norm_out.linear")
     single, new = r"^single_transformer_blocks\.(\d+)", r"single_blocks.\1"
     return renamed(
         state,
         (r"time_text_embed\.timestep_embedder\.linear_", "time_in."),
         (r"time_text_embed\.guidance_embedder\.linear_", "guidance_in."),
         (r"time_text_embed\.text_embedder\.linear_", "vector_in."),
-        (r"^(\w+_in)\.1", r"\1.in_layer"),
-        (r"^(\w+_in)\.2", r"\1.out_layer"),
-        (r"^context_embedder", "txt_in"),
-        (r"^x_embedder", "img_in"),
-        (r"^proj_out", "final_layer.linear"),
-        (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
         (rf"{single}\.norm\.linear", rf"{new}.modulation.lin"),
-        (rf"{single}\.attn\.norm_q\.weight", rf"{new}.norm.query_norm.scale"),
-        (rf"{single}\.attn\.norm_k\.weight", rf"{new}.norm.key_norm.scale"),
         (rf"{single}\.proj_out", rf"{new}.linear2"),
-        (r"^transformer_blocks", "double_blocks"),
         (r"norm1_context\.linear", "txt_mod.lin"),
         (r"norm1\.linear", "img_mod.lin"),
         (r"ff_context\.net", "txt_mlp"),
         (r"ff\.net", "img_mlp"),
         (r"_mlp\.0\.proj", "_mlp.0"),
-        (r"attn\.to_add_out", "txt_attn.proj"),
-        (r"attn\.to_out\.0", "img_attn.proj"),
-        (r"attn\.norm_added_q\.weight", "txt_attn.norm.query_norm.scale"),
-        (r"attn\.norm_added_k\.weight", "txt_attn.norm.key_norm.scale"),
-        (r"(double_blocks\.\d+\.)attn\.norm_q\.weight", r"\1img_attn.norm.query_norm.scale"),
-        (r"(double_blocks\.\d+\.)attn\.norm_k\.weight", r"\1img_attn.norm.key_norm.scale"),
+        *BFL,
+    )
+
+
+def flux2_transformer(module: Any) -> State:
+    """The same for FLUX.2, whose single blocks are fused in diffusers too."""
+    single, new = r"^single_transformer_blocks\.(\d+)", r"single_blocks.\1"
+    return renamed(
+        bfl(module),
+        (r"time_guidance_embed\.timestep_embedder\.linear_", "time_in."),
+        (r"_modulation(\w*)\.linear", r"_modulation\1.lin"),
+        (rf"{single}\.attn\.to_qkv_mlp_proj", rf"{new}.linear1"),
+        (rf"{single}\.attn\.to_out", rf"{new}.linear2"),
+        (r"ff_context\.linear_in", "txt_mlp.0"),
+        (r"ff_context\.linear_out", "txt_mlp.2"),
+        (r"ff\.linear_in", "img_mlp.0"),
+        (r"ff\.linear_out", "img_mlp.2"),
+        *BFL,
     )
 
 
@@ -273,3 +303,7 @@ def write_sd3(pipe: Any, path: Path, *, texts: bool) -> Path:
 
 def write_flux(pipe: Any, path: Path) -> Path:
     return write(path, flux_transformer(pipe.transformer))
+
+
+def write_flux2(pipe: Any, path: Path) -> Path:
+    return write(path, flux2_transformer(pipe.transformer))

@@ -91,14 +91,25 @@ def test_flux_under_diffusers_own_names(tmp_path: Path):
         load(tmp_path / "layout", tmp_path / "model.safetensors")
 
 
-def test_flux2_is_refused(tmp_path: Path):
-    pipe = tiny("flux2")
+@pytest.mark.parametrize("named", [single_files.write_flux2, None])
+def test_flux2(tmp_path: Path, named: Callable[..., Path] | None):
+    """Under BFL's names or diffusers' own; all but the transformer comes from the directory."""
+    pipe = tiny("flux2", distilled=True)
 
     def write(pipe: Any, path: Path) -> Path:
         return single_files.write(path, pipe.transformer.state_dict())
 
-    with pytest.raises(UserError, match=r"model\.safetensors: FLUX\.2 is not read from a single"):
-        written(pipe, tmp_path, write)
+    found = written(pipe, tmp_path, named or write, "text_encoder", "vae")
+    assert_same(found, pipe)
+    assert found.config.is_distilled
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop(next(iter(state)))
+    save_file(state, tmp_path / "holes.safetensors")
+    with pytest.raises(UserError, match="lacks some weights that"):
+        load(tmp_path / "layout", tmp_path / "holes.safetensors")
+    (tmp_path / "layout" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no text_encoder, nor does"):
+        load(tmp_path / "layout", tmp_path / "model.safetensors")
 
 
 def test_a_file_draws_what_its_pipeline_draws(tmp_path: Path):

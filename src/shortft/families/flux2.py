@@ -14,7 +14,6 @@ from shortft.errors import UserError
 from shortft.families.base import Conditioning, Guidance, autocast, classifier_free
 from shortft.families.files import latent_side
 from shortft.families.pipeline import PipelineFamily, refuse_other_inputs
-from shortft.families.source import Source
 from shortft.families.text import encode_in_batches, with_empty
 from shortft.quiet import quiet
 from shortft.schedule import Schedule, flow_schedule_from_config
@@ -37,7 +36,7 @@ class Flux2Klein(PipelineFamily):
     part = "transformer"
     prompt_tokens = 512
     guidance_scale = 4.0  # as in the pipeline
-    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"text_encoder": ()}  # never in a file
     decoders = ("AutoencoderKLFlux2",)
     _everywhere: tuple[str, ...] = (
         "to_q",
@@ -84,15 +83,6 @@ class Flux2Klein(PipelineFamily):
         side = latent_side(self.source, resolution, TOKENS_ALONG_SIDE, factor=factor)
         self.resolution = side * factor
         self._latent_shape = (config.in_channels, side, side)
-
-    @classmethod
-    def open(cls, source: Source, dtype: torch.dtype, **options: Any) -> Any:
-        if source.file is not None:
-            raise UserError(
-                f"--model {source.name}: FLUX.2 is not read from a single file; give a directory "
-                "saved by save_pretrained, or a hub id"
-            )
-        return super().open(source, dtype, **options)
 
     def schedule(self, num_steps: int) -> Schedule:
         """FLUX.2's own points: sigma 1 … 1/N, shifted by the numbers of tokens and of steps."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.loaders import FromSingleFileMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +32,8 @@ def load_single_file(
     """A pipeline whose weights lie in one file, by diffusers' own converters.
 
     A directory as `source.pipeline` is enough without a hub. What the file lacks (FLUX's and
-    SD3's text encoders often, FLUX's decoder) is read from there.
+    SD3's text encoders often, FLUX's decoder) is read from there. Where diffusers reads no whole
+    pipeline from a file (FLUX.2), it holds the transformer alone.
 
     Args:
         prefixes: part of the pipeline → how its keys in a single file may start.
@@ -47,14 +50,19 @@ def load_single_file(
         wanted = part not in options and index.get(part, [None])[0] is not None
         if wanted and not any(name.startswith(starts) for name in names):
             parts[part] = _load_part(part, index[part], source, dtype)
+    shared = {"revision": source.revision, "dtype": dtype}
     try:
-        pipeline = pipeline_class.from_single_file(
-            str(source.file),
-            config=source.pipeline,
-            revision=source.revision,
-            dtype=dtype,
-            **(parts | options),
-        )
+        if issubclass(pipeline_class, FromSingleFileMixin):
+            pipeline = pipeline_class.from_single_file(
+                str(source.file), config=source.pipeline, **shared, **(parts | options)
+            )
+        else:
+            parts["transformer"] = getattr(diffusers, index["transformer"][1]).from_single_file(
+                str(source.file), config=source.pipeline, subfolder="transformer", **shared
+            )
+            pipeline = pipeline_class.from_pretrained(
+                source.pipeline, use_safetensors=True, **shared, **(parts | options)
+            )
     except NotImplementedError as error:  # a weight without a value cannot be moved
         raise holes(source, "some weights") from error
     for part, module in pipeline.components.items():
