@@ -124,9 +124,10 @@ def test_an_alpha_of_its_own_for_some_layers(tmp_path: Path):
         torch.testing.assert_close(delta, alpha / RANK * whole.view(delta.shape))
 
 
-def test_other_tools_names_are_left_to_diffusers(tmp_path: Path):
+@pytest.mark.parametrize("flux", ["flux", "flux2"])
+def test_other_tools_names_are_left_to_diffusers(tmp_path: Path, flux: str):
     """Black Forest Labs' names of FLUX's layers, as kohya's scripts write them; fused q, k, v."""
-    family = FAMILIES["flux"]()
+    family = FAMILIES[flux]()
     path = tmp_path / "bfl.safetensors"
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.randn(s, generator=generator) for s in ((RANK, 16), (48, RANK)))
