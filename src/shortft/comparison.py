@@ -48,8 +48,8 @@ class Comparison:
 
 BUDGETS = {
     "laptop": Comparison(
-        ("shortft", "draft_k", "drtune", "alignprop"),
-        ("clip:1,symmetry:8",),
+        ("thinned", "shortft", "draft_k", "drtune"),
+        ("clip:1,symmetry:4",),
         seeds=2,
         minutes=1.5,
         looks=3,
@@ -57,7 +57,10 @@ BUDGETS = {
     ),
     "full": Comparison(
         (
+            "thinned",
             "shortft",
+            "shortft_segments",
+            "shortft_everywhere",
             "shortft_shared_lora",
             "shortft_no_stages",
             "shortft_pinned",
@@ -81,9 +84,9 @@ BUDGETS = {
         ),
         (
             "clip",
-            "clip:1,symmetry:8",
-            "clip:1,compressibility:0.5",
-            "clip:1,symmetry:8,compressibility:0.5",
+            "clip:1,symmetry:4",
+            "clip:1,compressibility:0.3",
+            "clip:1,symmetry:4,compressibility:0.3",
         ),
         search=(5e-4, 1.5e-3, 4.5e-3),
     ),

@@ -121,7 +121,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     ]
     adapted = lora_layers(family)
     per_lora = sum(config.rank * (layer.in_features + layer.out_features) for layer in adapted)
-    loras = per_lora * (config.segments if placement == "stacked" else 1)
+    loras = per_lora * (config.segments if placement in ("stacked", "segments") else 1)
     call, picture = _counted(family, adapted, guidance)
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
     cost = Cost(
