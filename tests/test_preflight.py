@@ -24,17 +24,22 @@ from tiny_families import tiny
 GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
 
 
-def test_counting_agrees_with_the_real_model():
+@pytest.mark.parametrize(
+    ("method", "options", "loras"),
+    [("thinned", {}, 1), ("shortft", {}, 4), ("shortft", {"loras": "segment"}, 4)],
+)
+def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str], loras: int):
     """Parameters exactly; activations as the real networks keep them, LoRAs included."""
-    config = load_config(None, {**recipe("emoji"), "tensorboard": False})
+    own = {"method": method, "method_options": options, "tensorboard": False}
+    config = load_config(None, {**recipe("emoji"), **own})
     family = load_family("emoji", precision="bf16")
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
     assert found.parts["denoiser"] == parameters(family.denoiser) * 2 * 2  # bf16, merge
     encoders = parameters(family._text.text_encoder)  # type: ignore[attr-defined]
     assert encoder_parameters(asset("emoji")) == encoders
     trainer = Trainer(config)
-    loras = [p for n in range(1, 5) for p in trainer.nets.parameters_of(n).values()]
-    size = 16 * sum(p.numel() for p in loras)
+    trained = [p for n in range(1, loras + 1) for p in trainer.nets.parameters_of(n).values()]
+    size = 16 * sum(p.numel() for p in trained)
     assert found.parts["LoRAs, gradients, optimizer"] == size
     measured = measure_cost(trainer)
     assert found.cost.call_bytes == pytest.approx(measured.call_bytes, rel=0.3)
