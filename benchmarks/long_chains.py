@@ -34,6 +34,7 @@ from typing import Any
 from shortft.drawing.files import write_atomic
 
 METHODS = (
+    "thinned",
     "shortft",
     "shortft_first_by_shortcut",
     "shortft_segments",
@@ -52,7 +53,7 @@ METHODS = (
 STEPS = (25, 50, 100, 200, 1000)
 # The longest chains are left to some methods, and full backpropagation to short ones: --all.
 FULL_UP_TO, ALL_UP_TO = 100, 200
-LONGEST = ("shortft", "shortft_first_by_shortcut", "tune_shortcut", "draft_k", "flowbp_bridge")
+LONGEST = ("thinned", "shortft", "tune_shortcut", "draft_k", "flowbp_bridge")
 RECOMPUTE_ABOVE = 16
 COLUMNS = {
     "method": "method",
@@ -244,7 +245,7 @@ def chart(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             points = [(x, y) for x, y in points if y == y and y > 0]
             if points:
                 x, y = zip(*points, strict=True)
-                lines.append(Line(name, x, y, strong=name == "shortft"))
+                lines.append(Line(name, x, y, strong=name in ("shortft", "thinned")))
         return Panel(lines, "steps of the base chain", COLUMNS[key], "stage 1", log=log)
 
     keys = ("seconds", "megabytes", "norm")
