@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortft.cli import main
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill_command
 from shortft.errors import UserError
@@ -215,6 +216,21 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
         "plain DDIM jump",
         "guided DDIM jump",
     ]
+    # For another size of pictures, which changes some schedules.
+    output = tmp_path / "large.safetensors"
+    make(output=output, minutes=0.01, resolution=32)
+    assert json.loads(output.with_suffix(".json").read_text())["resolution"] == 32
+    large = ["--num-steps", str(STEPS), "--segments", str(K), "--resolution", "32"]
+    large += ["--shortcut", str(output)]
+    for precision in ("fp32", "bf16"):
+        options = ["--model", model, "--prompts", str(prompts), "--precision", precision]
+        assert main(["check", *options, *large, "--num-prompts", "2"]) in (0, 1)
+    assert main(["check", *options, *large, "--resolution", "31"]) == 2
+    assert "--resolution 31" in capsys.readouterr().err
+    card = output.with_suffix(".json")
+    assert main(["check", *options, *large, "--output", str(card)]) == 2
+    assert "holds the shortcut's own settings" in capsys.readouterr().err
+    assert json.loads(card.read_text())["resolution"] == 32
 
 
 def test_a_shortcut_without_a_card_runs_unguided_and_a_damaged_card_is_told(tmp_path: Path):

@@ -22,6 +22,7 @@ from shortft.cli_options import (
     PipelineOption,
     PrecisionOption,
     PromptsOption,
+    ResolutionOption,
     SeedOption,
     SegmentsOption,
     ShortcutOption,
@@ -253,6 +254,8 @@ def check(
         float | None, typer.Option(help="Scale of the shortcut's LoRA; default: its own, or 1.")
     ] = None,
     prompts: PromptsOption = None,
+    resolution: ResolutionOption = None,
+    precision: PrecisionOption = "fp32",
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
     """Measure how faithful a shortcut is. Exit code 1 if no better than DDIM jumps of its cost."""
@@ -273,6 +276,8 @@ def check(
         shortcut_scale=shortcut_scale,
         output=output,
         prompts_path=prompts,
+        resolution=resolution,
+        precision=precision,
     )
 
 
@@ -299,6 +304,7 @@ def shortcut(
     trajectories: Annotated[int, typer.Option(min=1, help="Size of the teacher's bank.")] = 2000,
     seed: SeedOption = 0,
     prompts: PromptsOption = None,
+    resolution: ResolutionOption = None,
     precision: PrecisionOption = "bf16",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
 ) -> None:
@@ -322,6 +328,7 @@ def shortcut(
         trajectories=trajectories,
         seed=seed,
         precision=precision,
+        resolution=resolution,
         prompts_path=prompts,
         resume=resume,
     )

@@ -70,6 +70,10 @@ PrecisionOption = Annotated[
 StrengthOption = Annotated[
     float, typer.Option(help="Scale of the adapter: 0 = base model, 1 = as trained.")
 ]
+ResolutionOption = Annotated[
+    int | None,
+    typer.Option(min=8, help="Height and width of the pictures; default: the model's own."),
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Pictures or samples per network call.")]
 
 

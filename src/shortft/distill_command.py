@@ -112,6 +112,7 @@ def distill_command(
     precision: str = "bf16",
     prompts_path: Path | None = None,
     pipeline: str | None = None,
+    resolution: int | None = None,
 ) -> None:
     """`shortft shortcut`: make a shortcut LoRA for a model and say how faithful it is."""
     from rich.console import Console
@@ -134,7 +135,7 @@ def distill_command(
         held_out = listed[::10][:32]
         training = [prompt for prompt in listed if prompt not in held_out] or listed
     console = Console()
-    family = load_family(model, pipeline=pipeline, precision=precision)
+    family = load_family(model, pipeline=pipeline, precision=precision, resolution=resolution)
     guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
@@ -176,6 +177,7 @@ def distill_command(
     )
     card: dict[str, Any] = {
         "model": model,
+        "resolution": family.resolution,
         "kind": kind,
         "minutes": minutes,
         "updates": distiller.updates,

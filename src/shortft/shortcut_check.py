@@ -184,6 +184,8 @@ def check_command(
     output: Path | None = None,
     prompts_path: Path | None = None,
     pipeline: str | None = None,
+    resolution: int | None = None,
+    precision: str = "fp32",
 ) -> int:
     """Print the table of `shortft check`; 1 if the shortcut is no better than a DDIM jump."""
     from rich.console import Console
@@ -202,9 +204,11 @@ def check_command(
     path = found.path
     if path is None:
         raise UserError("--shortcut none: there is nothing to check; give `auto` or a LoRA file")
+    if output is not None and output.resolve() == path.with_suffix(".json").resolve():
+        raise UserError(f"--output {output}: holds the shortcut's own settings; give another name")
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
-    family = load_family(model, pipeline=pipeline)
+    family = load_family(model, pipeline=pipeline, precision=precision, resolution=resolution)
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
