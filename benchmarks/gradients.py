@@ -1,6 +1,6 @@
 """Why methods differ: each method's gradient beside the gradient of the whole true chain.
 
-    python benchmarks/gradients.py [--reward clip:1,symmetry:4] [--adapter runs/mine/adapter]
+    python benchmarks/gradients.py [--reward clip:1,symmetry:3] [--adapter runs/mine/adapter]
 
 For a batch of prompts and noise it writes a table and a chart. Per method:
 
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reward", default="clip:1,symmetry:4")
+    parser.add_argument("--reward", default="clip:1,symmetry:3")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--draws", type=int, default=4, help="plans drawn of random methods")
     parser.add_argument("--noise", type=float, default=0.01, help="how far the LoRAs are moved")

@@ -258,7 +258,7 @@ def main() -> int:
     )
     parser.add_argument("--methods", default=" ".join(METHODS), help="names or variants, blanks")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)))
-    parser.add_argument("--reward", default="clip:1,symmetry:4")
+    parser.add_argument("--reward", default="clip:1,symmetry:3")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--updates", type=int, default=1, help="timed, after one that warms up")
     parser.add_argument("--train-minutes", type=float, default=0.0)

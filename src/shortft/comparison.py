@@ -49,7 +49,7 @@ class Comparison:
 BUDGETS = {
     "laptop": Comparison(
         ("thinned", "shortft", "draft_k", "drtune"),
-        ("clip:1,symmetry:4",),
+        ("clip:1,symmetry:3",),
         seeds=2,
         minutes=1.5,
         looks=3,
@@ -84,9 +84,9 @@ BUDGETS = {
         ),
         (
             "clip",
-            "clip:1,symmetry:4",
-            "clip:1,compressibility:0.3",
-            "clip:1,symmetry:4,compressibility:0.3",
+            "clip:1,symmetry:3",
+            "clip:1,compressibility:0.12",
+            "clip:1,symmetry:3,compressibility:0.12",
         ),
         search=(5e-4, 1.5e-3, 4.5e-3),
     ),
