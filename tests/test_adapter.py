@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from shortft import load_adapter
 from shortft.adapter import AdapterInfo, load_into, read_info, save_adapter
@@ -47,7 +48,8 @@ def make_adapter(directory: Path, *, placement: Placement = "stacked") -> ModelN
 
 def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, placement: Placement = "stacked"):
     schedule = nets.family.schedule(steps)
-    plan = inference_plan(schedule, 4, placement) if tuned else base_plan(schedule)
+    parts = 1 if placement == "everywhere" else 4
+    plan = inference_plan(schedule, parts, placement) if tuned else base_plan(schedule)
     cond = nets.family.encode(PROMPTS)
     return generate(nets.family, nets, plan, schedule, cond, SEEDS)
 
@@ -64,8 +66,13 @@ def theirs(pipe, steps: int) -> torch.Tensor:
     return images
 
 
-@pytest.mark.parametrize("placement", ["stacked", "shared", "segments", "everywhere"])
-@pytest.mark.parametrize("steps", [10, 17])
+@pytest.mark.parametrize(
+    ("placement", "steps"),
+    [
+        *((p, n) for p in ("stacked", "shared", "segments", "everywhere") for n in (10, 17)),
+        ("everywhere", 3),  # fewer than segments, which such a LoRA does not need
+    ],
+)
 def test_pipeline_equals_our_chain(tmp_path: Path, placement: Placement, steps: int):
     nets = make_adapter(tmp_path, placement=placement)
     pipe = tiny_pipeline()
@@ -75,6 +82,21 @@ def test_pipeline_equals_our_chain(tmp_path: Path, placement: Placement, steps: 
     tuned = theirs(pipe, steps)
     torch.testing.assert_close(ours(nets, steps, placement=placement), tuned, atol=1e-5, rtol=0)
     assert (tuned - expected_base).abs().max() > 1e-2
+
+
+def test_other_samplers_of_flow_models_are_cut_as_flow_is(tmp_path: Path):
+    """Into equal numbers of steps, whatever class the scheduler has."""
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    router = load_adapter(pipe, tmp_path)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3}
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for scheduler in (UniPCMultistepScheduler(**flow), euler):
+        pipe.scheduler = scheduler
+        scheduler.set_timesteps(28)
+        assert [*router._counts().values()] == [1] * 7 + ([0] * 6 + [2]) + ([0] * 6 + [3]) + (
+            [0] * 6 + [4]
+        )
 
 
 def test_strength_and_removal(tmp_path: Path):

@@ -220,12 +220,17 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
     output = tmp_path / "large.safetensors"
     make(output=output, minutes=0.01, resolution=32)
     assert json.loads(output.with_suffix(".json").read_text())["resolution"] == 32
-    large = ["--num-steps", str(STEPS), "--segments", str(K), "--resolution", "32"]
-    large += ["--shortcut", str(output)]
-    for precision in ("fp32", "bf16"):
-        options = ["--model", model, "--prompts", str(prompts), "--precision", precision]
-        assert main(["check", *options, *large, "--num-prompts", "2"]) in (0, 1)
-    assert main(["check", *options, *large, "--resolution", "31"]) == 2
+    options = ["--model", model, "--prompts", str(prompts), "--num-prompts", "2"]
+    options += ["--num-steps", str(STEPS), "--segments", str(K), "--shortcut", str(output)]
+    large = ["--resolution", "32"]
+    found = {}
+    for name, more in ("own", []), ("large", large), ("half", [*large, "--precision", "bf16"]):
+        figures = tmp_path / f"{name}.figures.json"
+        assert main(["check", *options, *more, "--output", str(figures)]) in (0, 1)
+        found[name] = json.loads(figures.read_text())[1]["jump_error"]
+    assert found["own"] != found["large"] != found["half"]  # other pictures, other numbers
+    assert found["half"] == pytest.approx(found["large"], abs=0.01)
+    assert main(["check", *options, "--resolution", "31"]) == 2
     assert "--resolution 31" in capsys.readouterr().err
     card = output.with_suffix(".json")
     assert main(["check", *options, *large, "--output", str(card)]) == 2

@@ -93,6 +93,15 @@ def test_options_that_save_memory_are_counted():
     assert estimate(away, folder, gpu=True, speed=1e12).parts["rewards"] == 0
 
 
+def test_a_method_without_jumps_asks_for_no_shortcut():
+    own = {"method": "thinned", "segments": 2, "shortcut": "auto"}  # stage_shares has four
+    config = load_config(None, {**recipe("sd15-hps-24gb"), **own})
+    roles = [place.role for place in needed(config)]
+    assert "model" in roles
+    assert "shortcut" not in roles
+    dry_run.check_places(config)  # `auto` would be refused for this model
+
+
 def test_every_recipe_has_its_memory_listed():
     assert sorted(MEMORY_GB) == recipe_names()
     assert all(MEMORY_GB[name] * 1e9 <= GPU_24.total for name in MEMORY_GB if "24gb" in name)

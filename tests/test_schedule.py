@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from shortft.schedule import (
     Schedule,
     alphas_cumprod,
+    cut,
     ddim_schedule,
     flow_schedule,
     jump,
@@ -133,6 +134,10 @@ def test_segments_of_a_shifted_flow_start_where_a_few_step_sampler_calls(shift, 
     assert [len(part) for part in parts] == [steps // k] * k
     starts = schedule.timesteps[[part[0] for part in parts]]
     torch.testing.assert_close(starts.float(), few.timesteps, atol=1e-3, rtol=1e-6)
+
+
+def test_a_timestep_at_the_end_of_training_time_belongs_to_the_first_segment():
+    assert cut((1000.0, 749.99999, 700.0, 499.0, 0.0), 4, 1000) == ((0, 1), (2,), (3,), (4,))
 
 
 def test_what_cannot_be_cut_is_refused():

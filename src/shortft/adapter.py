@@ -37,7 +37,7 @@ class AdapterInfo:
         base_model: what the LoRAs were trained on.
         loras: how many LoRA files there are.
         rank: their rank; alpha equals it.
-        segments: parts of the training timesteps.
+        segments: parts of the training timesteps, for flow models of the steps.
         placement: where the LoRAs act, see `plans.adapters_at`.
         num_steps: length of the chain in training.
         timesteps: that chain's timesteps at which LoRAs act.
@@ -59,6 +59,11 @@ class AdapterInfo:
     config: dict[str, Any]
     resolution: int | None = None
     format: int = FORMAT
+
+    @property
+    def parts(self) -> int:
+        """Segments that a chain must have at inference: none where a LoRA acts everywhere."""
+        return 1 if self.placement == "everywhere" else self.segments
 
 
 def lora_file(number: int) -> str:
@@ -163,9 +168,9 @@ class TimestepRouter:
         # PNDM visits a timestep twice.
         times = tuple(dict.fromkeys(float(t) for t in scheduler.timesteps))
         if times not in self._routes:
-            flow = "FlowMatch" in type(scheduler).__name__
-            total = None if flow else scheduler.config.num_train_timesteps
-            parts = cut(times, info.segments, total)
+            config = scheduler.config
+            flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas")
+            parts = cut(times, info.parts, None if flow else config.num_train_timesteps)
             counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]

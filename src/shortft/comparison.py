@@ -85,8 +85,8 @@ BUDGETS = {
         (
             "clip",
             "clip:1,symmetry:3",
-            "clip:1,compressibility:0.12",
-            "clip:1,symmetry:3,compressibility:0.12",
+            "clip:1,compressibility:0.16",
+            "clip:1,symmetry:3,compressibility:0.16",
         ),
         search=(5e-4, 1.5e-3, 4.5e-3),
     ),

@@ -111,7 +111,10 @@ class Config(BaseModel):
         50, ge=1, le=1000, description="Denoising steps of the inference chain, 1 to 1000."
     )
     segments: int = Field(
-        4, ge=1, description="Equal parts of the training timesteps, one LoRA each; 1 to num_steps."
+        4,
+        ge=1,
+        description="Equal parts of the training timesteps (of the steps for flow models), one "
+        "LoRA each; 1 to num_steps.",
     )
     guidance_scale: float | None = Field(
         None,
@@ -366,7 +369,7 @@ class Config(BaseModel):
         """Rules that span two fields."""
         if self.updates is None and self.minutes is None:
             raise UserError("--updates none --minutes none: no budget; give at least one of them")
-        if self.num_steps < self.segments:
+        if METHODS[self.method].uses_segments and self.num_steps < self.segments:
             raise _bad_value(
                 "segments",
                 self.segments,
@@ -392,7 +395,7 @@ class Config(BaseModel):
 
     def _check_stage_shares(self) -> None:
         shares = self.stage_shares
-        if shares is None:
+        if shares is None or not METHODS[self.method].by_segment:
             return
         example = ",".join(f"{1 / self.segments:.3g}" for _ in range(self.segments))
         if len(shares) != self.segments:

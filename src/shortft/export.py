@@ -261,12 +261,13 @@ def _write_loras(
     write_atomic(output_dir / whole, save(converted(load_file(scratch / lora_file(1))), fields))
     if kind != "comfyui":
         return []
-    stacked = adapters_at(segments(schedule, info.segments), info.placement)
+    stacked = adapters_at(segments(schedule, info.parts), info.placement)
     graph = workflow(family.name, schedule, stacked, names, info.guidance_scale, family.resolution)
     write_atomic(output_dir / "workflow.json", (json.dumps(graph, indent=2) + "\n").encode())
+    switched = "" if info.parts == 1 else "The hooks switch each LoRA on at its timesteps. "
     return [
         "Put the numbered files into ComfyUI's `models/loras`, load `workflow.json` (API format), "
-        "and choose your model and prompt. The hooks switch each LoRA on at its timesteps. "
+        f"and choose your model and prompt. {switched}"
         "ComfyUI itself was not at hand when this was written: the workflow follows its nodes' "
         "declared inputs."
     ]

@@ -13,6 +13,7 @@ from shortft import __version__
 from shortft.adapter import AdapterInfo
 from shortft.drawing.curves import read_metrics
 from shortft.families.base import Family
+from shortft.methods.catalog import METHODS
 from shortft.schedule import Schedule
 
 # Settings that are worth telling and hold no place on the author's disk.
@@ -33,6 +34,7 @@ TOLD = (
     "resolution",
     "seed",
 )
+OF_SEGMENTS = ("segments", "timestep_lora", "shortcut")
 
 
 def public(name: str) -> str:
@@ -54,7 +56,10 @@ def shareable(info: AdapterInfo) -> AdapterInfo:
 def told_settings(info: AdapterInfo) -> dict[str, Any]:
     """The settings of `TOLD` that the run had."""
     config = info.config
-    settings = {name: config[name] for name in TOLD if config.get(name) not in (None, {})}
+    method = METHODS.get(config.get("method", ""))
+    unused = () if method is None or method.uses_segments else OF_SEGMENTS
+    told = [name for name in TOLD if name not in unused and config.get(name) not in (None, {})]
+    settings = {name: config[name] for name in told}
     return {
         name: public(value) if name in ("reward", "shortcut") else value
         for name, value in settings.items()

@@ -79,7 +79,7 @@ def show_plan(config: Config, png: Path | None = None) -> None:
     times = trainer.schedule.timesteps.tolist()
     method = METHODS[config.method]
     by_segment = method.by_segment
-    parts = segments(trainer.schedule, config.segments) if by_segment or method.few_step else ()
+    parts = segments(trainer.schedule, config.segments) if method.uses_segments else ()
     splits = config.accumulation
     stages, notes = [], []
     for number in range(1, trainer.stages + 1):

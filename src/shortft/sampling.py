@@ -72,7 +72,7 @@ def load_tuned(
         return ModelNetworks(family, guidance=Guidance(scale)), schedule, base_plan(schedule)
     info = read_info(adapter)
     schedule = family.schedule(num_steps or info.num_steps)
-    check_segments(schedule, info.segments)
+    check_segments(schedule, info.parts)
     scale = info.guidance_scale if guidance_scale is None else guidance_scale
     placement, own, shortcut = info.placement, info.config, Shortcut(None)
     if placement == "few_step" and plain_chain:
@@ -92,7 +92,7 @@ def load_tuned(
     load_into(nets, adapter)
     nets.train_only([])
     nets.set_strength(strength)
-    plan = inference_plan(schedule, info.segments, placement)
+    plan = inference_plan(schedule, info.parts, placement)
     return nets, schedule, plan
 
 

@@ -279,7 +279,9 @@ def cut(timesteps: Sequence[float], k: int, total: int | None) -> tuple[tuple[in
         if total is None:
             parts[index * k // len(timesteps)].append(index)
         else:
-            parts[k - 1 - int(timestep * k / total)].append(index)
+            # T itself belongs to the first part; fractions on an edge must not depend on the
+            # last bit.
+            parts[k - 1 - min(int(round(timestep, 3) * k / total), k - 1)].append(index)
     if not all(parts):
         raise ValueError(
             f"{k} segments over {len(timesteps)} steps leave a segment without a timestep; "

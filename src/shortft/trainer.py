@@ -85,7 +85,7 @@ class Trainer:
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
         method = METHODS[config.method]
         self.shortcut = shortcut = Shortcut(None)
-        if method.by_segment or method.few_step:
+        if method.uses_segments:
             self.shortcut = shortcut = find_shortcut(config.model, config.shortcut, config.segments)
         digest = hashlib.sha256("\n".join(self.prompts).encode())
         digest.update(shortcut.path.read_bytes() if shortcut.path else b"")
@@ -102,11 +102,14 @@ class Trainer:
         if config.encode_ahead:
             self.family.encode_ahead([*self.prompts, *self.sample_prompts])
         self.schedule: Schedule = self.family.schedule(config.num_steps)
-        check_segments(self.schedule, config.segments)
+        if method.uses_segments:
+            check_segments(self.schedule, config.segments)
         self.placement = placement_of(
             config.method, config.method_options, timestep_lora=config.timestep_lora
         )
-        self.inference = inference_plan(self.schedule, config.segments, self.placement)
+        # One LoRA that acts everywhere asks for no segments at inference.
+        parts = 1 if self.placement == "everywhere" else config.segments
+        self.inference = inference_plan(self.schedule, parts, self.placement)
         self.stages = config.segments if method.by_segment else 1
         for stage in range(1, self.stages + 1):
             if not self.plan(0, stage).grad_calls:

@@ -181,6 +181,8 @@ def _legend(plans: Sequence[PlanLike]) -> list[Line2D | Patch]:
         handles.append(Line2D([], [], marker="o", ls="", ms=4, color=GREY, label="base"))
     if any(step.net == "shortcut" for step in steps):
         handles.append(Line2D([], [], marker="D", ms=5, lw=2, color=BLUE, label="shortcut jump"))
+    if any(step.net == "policy" and step.stop > step.start + 1 for step in steps):
+        handles.append(Line2D([], [], lw=2, color=GREY, label="jump of the policy"))
     if any(step.net == "cached" for step in steps):
         hollow = Line2D([], [], marker="o", ls="", ms=4, color=GREY, mfc="white", label="cached")
         handles.append(hollow)

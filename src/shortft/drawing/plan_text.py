@@ -66,10 +66,11 @@ def plan_text(
         parts.append(Text("the reward looks at the x0 prediction of the last call", style="dim"))
     pinned = any(s.pin for s in steps if s.net == "shortcut")
     cached = any(s.net == "cached" for s in steps)
-    return Group(*parts, legend_text(pinned, cached)) if legend else Group(*parts)
+    leaps = any(s.net == "policy" and s.stop > s.start + 1 for s in steps)
+    return Group(*parts, legend_text(pinned, cached, leaps)) if legend else Group(*parts)
 
 
-def legend_text(pinned: bool = False, cached: bool = False) -> RenderableType:
+def legend_text(pinned: bool = False, cached: bool = False, leaps: bool = False) -> RenderableType:
     """What the glyphs mean."""
     text = Text.assemble(
         (BASE, STYLE["base"]),
@@ -85,6 +86,8 @@ def legend_text(pinned: bool = False, cached: bool = False) -> RenderableType:
         (PARTIAL, GRADIENT),
         " part of it",
     )
+    if leaps:
+        text.append("\n").append(f"1{RAIL}{HEAD}", STYLE["policy"]).append(" jump of the policy")
     if pinned:
         text.append("\n").append(PINNED, STYLE["shortcut"])
         text.append(" shortcut jump that keeps the rollout's values, for its gradient only")

@@ -58,6 +58,11 @@ class Method:
         return self.placement == "stacked"
 
     @property
+    def uses_segments(self) -> bool:
+        """Whether the chain is cut into segments, which a shortcut may jump over."""
+        return self.by_segment or self.few_step
+
+    @property
     def few_step(self) -> bool:
         """Whether the few-step model is tuned, and run, instead of the base."""
         return self.placement == "few_step"
@@ -181,7 +186,11 @@ METHODS: dict[str, Method] = {
     "thinned": Method(
         "a random thinning of the chain to a few calls, gradient through all of them",
         OURS,
-        {"calls": Option(6, "calls of the thinned chain; measured, see docs/methods.md", low=1)},
+        {
+            "calls": Option(
+                6, "calls of the thinned chain; measured, see docs/measurements.md", low=1
+            )
+        },
     ),
     "full": Method(
         "gradient through every step; recompute is wise",

@@ -42,7 +42,9 @@ def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
     """
     n = schedule.num_steps
     if calls > n:
-        raise ValueError(f"calls = {calls}, but the chain has {n} steps")
+        raise ValueError(
+            f"calls = {calls}, but the chain has {n} steps; give at most --method-options calls={n}"
+        )
     parts = max(1, calls - 1)
     edges = [1 + i * (n - 1) // parts for i in range(calls)]
     drawn = [integer(draw, low, high - 1) for low, high in itertools.pairwise(edges)]

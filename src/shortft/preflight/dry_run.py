@@ -62,7 +62,8 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
 
 def check_places(config: Config) -> list[Check]:
     """The model, decoder, shortcut and rewards: on this machine, or to be downloaded."""
-    check_fits(config.model, config.shortcut, config.segments)
+    if METHODS[config.method].uses_segments:
+        check_fits(config.model, config.shortcut, config.segments)
     checks, missing = [], 0.0
     for place in needed(config):
         text = f"{place.name}, on this machine"

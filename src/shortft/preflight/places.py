@@ -12,6 +12,7 @@ from pathlib import Path
 from shortft.assets import EMBEDDED, asset, model_path
 from shortft.config import Config
 from shortft.inputs import WEIGHTS
+from shortft.methods import METHODS
 from shortft.rewards.places import FILES, VIT_H, reward_places
 from shortft.rewards.spec import parse_reward_spec
 from shortft.shortcuts import BASE_JUMPS, PUBLISHED
@@ -52,7 +53,8 @@ def needed(config: Config) -> list[Place]:
     places = [Place("model", config.model, _model_gb(config.model))]
     if config.decoder is not None:
         places.append(Place("decoder", config.decoder, _missing(config.decoder, SMALL_GB)))
-    places.append(Place("shortcut", config.shortcut, _shortcut_gb(config.shortcut)))
+    if METHODS[config.method].uses_segments:
+        places.append(Place("shortcut", config.shortcut, _shortcut_gb(config.shortcut)))
     names = {name for spec in specs(config) for name, _ in parse_reward_spec(spec)}
     for name, place in reward_places(names, config.reward_model).items():
         files = [FILES.get(name, "model.safetensors")]
