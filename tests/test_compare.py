@@ -238,6 +238,12 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
     assert verdict.endswith("its final reward: 67 s (67 %).")
 
 
+def test_trials_are_as_long_as_runs_unless_told():
+    assert comparison_from("laptop", minutes=2.0, search=("1e-3", "1e-2")).search_minutes == 2
+    assert comparison_from("laptop", minutes=2.0, search_minutes=1.0).search_minutes == 1
+    assert comparison_from("full").search_minutes == comparison_from("full").minutes
+
+
 def test_our_own_methods_are_no_rivals():
     gains = {"thinned:calls=4": [3.0], "shortft_segments": [2.5], "refl": [2.0]}
     results = results_of({"clip": gains})

@@ -391,7 +391,8 @@ def compare(
         typer.Option(help="Learning rates to try for every method, separated by blanks."),
     ] = None,
     search_minutes: Annotated[
-        float | None, typer.Option(help="Training minutes of every such trial.")
+        float | None,
+        typer.Option(help="Training minutes of every such trial; default: as a run's."),
     ] = None,
     looks: Annotated[int | None, typer.Option(help="Evaluations on the way, for curves.")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts.")] = None,

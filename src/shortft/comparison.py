@@ -19,7 +19,8 @@ class Comparison:
         seeds: training seeds 0 … seeds - 1.
         minutes: training time of every run; sampling, evaluation and loading are not counted.
         search: learning rates tried for every method and reward; one alone is taken untried.
-        search_minutes: training time of every trial.
+        search_minutes: training time of every trial; as long as a run if not given. Shorter trials
+            choose rates that are too high for the runs (docs/measurements.md).
         looks: evaluations on the way, for the curves.
         num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
     """
@@ -29,10 +30,13 @@ class Comparison:
     seeds: int = 3
     minutes: float = 3.5
     search: tuple[float, ...] = ()
-    search_minutes: float = 1.0
+    search_minutes: float = 0.0
     looks: int = 6
     num_prompts: int = 48
     noises: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "search_minutes", self.search_minutes or self.minutes)
 
     def runs(self) -> int:
         """Training runs in all, trials of learning rates included."""
@@ -120,7 +124,9 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
         raise UserError(f"--search {' '.join(values['search'])}: give learning rates") from None
     if any(not 0 < rate < float("inf") for rate in values["search"]):
         raise UserError(f"--search {values['search']}: learning rates lie above 0")
-    for name in ("seeds", "minutes", "search_minutes", "looks", "num_prompts"):
+    if given.get("search_minutes") is None:
+        del values["search_minutes"]
+    for name in {"seeds", "minutes", "search_minutes", "looks", "num_prompts"} & values.keys():
         if values[name] <= 0:
             raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
     if values["noises"] < 2:
