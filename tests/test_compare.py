@@ -244,6 +244,16 @@ def test_trials_are_as_long_as_runs_unless_told():
     assert comparison_from("full").search_minutes == comparison_from("full").minutes
 
 
+def test_rates_at_the_edge_of_the_search_are_told():
+    results = results_of({"clip": {"shortft": [0.3], "refl": [0.2], "drtune": [0.1]}})
+    for (_, method), (run,) in results.items():
+        run["learning_rate"] = {"shortft": 1e-3, "refl": 9e-3, "drtune": 3e-3}[method]
+    (line,) = compare_report.at_the_edge(results, "clip", (1e-3, 3e-3, 9e-3))
+    assert line.endswith("may do more: shortft (0.001), refl (0.009).")
+    assert compare_report.at_the_edge(results, "clip", ()) == []
+    assert compare_report.at_the_edge(results, "clip", (1e-3,)) == []
+
+
 def test_our_own_methods_are_no_rivals():
     gains = {"thinned:calls=4": [3.0], "shortft_segments": [2.5], "refl": [2.0]}
     results = results_of({"clip": gains})

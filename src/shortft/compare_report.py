@@ -126,21 +126,22 @@ def row(results: Results, reward: str, method: str) -> tuple[str, ...]:
 def markdown(workshop: Workshop, results: Results) -> str:
     """The whole report as Markdown."""
     spec = workshop.comparison
+    seeds = max(map(len, results.values()), default=0)  # fewer than wanted in a report on the way
     clock = "CPU time" if workshop.base.clock == "cpu" else "wall-clock time"
     lines = [
         "# Methods at equal training time",
         "",
-        f"{spec.seeds} seed(s), {spec.minutes:g} minutes of training each ({clock}; sampling, "
+        f"{seeds} seed(s), {spec.minutes:g} minutes of training each ({clock}; sampling, "
         "evaluation and loading not counted), the same LoRA rank, optimizer and batch; measured "
         f"on {spec.num_prompts} held-out prompts × {spec.noises} noises, by the plain chain; a "
         "tuned shortcut by its own as well.",
         "",
     ]
-    if spec.seeds > 1:
+    if seeds > 1:
         lines[-1:] = [
             "",
             "Medians with the range over seeds, which holds the median of all seeds with "
-            f"probability {1 - 2 ** (1 - spec.seeds):.0%}.",
+            f"probability {1 - 2 ** (1 - seeds):.0%}.",
             "",
         ]
     if len(spec.search) > 1:
@@ -157,7 +158,7 @@ def markdown(workshop: Workshop, results: Results) -> str:
         methods = by_gain(results, reward)
         lines += [f"## {reward}", "", _line(HEADER), _line(["---"] * len(HEADER))]
         lines += [_line(row(results, reward, m)) for m in methods]
-        lines += ["", *verdict(results, reward), ""]
+        lines += ["", *verdict(results, reward), *at_the_edge(results, reward, spec.search), ""]
         warnings = [
             f"- {m}, seed {run['seed']}: {warning}"
             for m in methods
@@ -206,6 +207,16 @@ def verdict(results: Results, reward: str) -> list[str]:
             f"{reached_text(results, reward, method)}."
         )
     return lines
+
+
+def at_the_edge(results: Results, reward: str, search: Sequence[float]) -> list[str]:
+    """Methods whose best learning rate is the lowest or highest tried: others may be better."""
+    edges = (min(search), max(search)) if len(search) > 1 else ()
+    rates = {m: results[reward, m][0]["learning_rate"] for m in by_gain(results, reward)}
+    found = ", ".join(f"{method} ({rate:g})" for method, rate in rates.items() if rate in edges)
+    if not found:
+        return []
+    return [f"- Rates at the edge of those tried, so that a wider search may do more: {found}."]
 
 
 def _line(cells: Sequence[str]) -> str:
