@@ -18,7 +18,7 @@ from torch import nn
 
 from shortft.errors import UserError
 from shortft.networks import activate, lora_name
-from shortft.plans import Placement, adapters_at
+from shortft.plans import Placement, adapters_at, parts_for
 from shortft.quiet import quiet
 from shortft.schedule import cut
 from shortft.weights_file import check_weights_file
@@ -62,8 +62,8 @@ class AdapterInfo:
 
     @property
     def parts(self) -> int:
-        """Segments that a chain must have at inference: none where a LoRA acts everywhere."""
-        return 1 if self.placement == "everywhere" else self.segments
+        """Segments that a chain must have at inference, see `plans.parts_for`."""
+        return parts_for(self.placement, self.segments)
 
 
 def lora_file(number: int) -> str:

@@ -136,6 +136,11 @@ def adapters_at(
     return tuple(counts)
 
 
+def parts_for(placement: Placement, k: int) -> int:
+    """Segments that a chain must have at inference: one where a LoRA acts everywhere, else k."""
+    return 1 if placement == "everywhere" else k
+
+
 def inference_plan(schedule: Schedule, k: int, placement: Placement = "stacked") -> Plan:
     """The true chain with the LoRAs switched on at their timesteps, without gradient.
 

@@ -28,7 +28,7 @@ from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer, set_state, state_of
 from shortft.out_of_memory import advice, ran_out
-from shortft.plans import Plan, inference_plan
+from shortft.plans import Plan, inference_plan, parts_for
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.sampling import check_segments, generate
@@ -107,8 +107,7 @@ class Trainer:
         self.placement = placement_of(
             config.method, config.method_options, timestep_lora=config.timestep_lora
         )
-        # One LoRA that acts everywhere asks for no segments at inference.
-        parts = 1 if self.placement == "everywhere" else config.segments
+        parts = parts_for(self.placement, config.segments)
         self.inference = inference_plan(self.schedule, parts, self.placement)
         self.stages = config.segments if method.by_segment else 1
         for stage in range(1, self.stages + 1):
