@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -142,12 +143,27 @@ def test_runs_differ_in_method_seed_and_rate_only(base):
     assert one["updates"] is None
 
 
-def test_another_comparison_in_the_same_folder_is_refused(base):
+def test_other_settings_in_the_same_folder_are_refused(base):
     workshop(base)
-    with pytest.raises(UserError, match=r"another seeds \(2, not 3\)"):
-        workshop(base, Comparison(**{**vars(SPEC), "seeds": 3}))
+    with pytest.raises(UserError, match=r"another minutes \(0.5, not 0.7\)"):
+        workshop(base, Comparison(**{**vars(SPEC), "minutes": 0.7}))
     with pytest.raises(UserError, match="another base"):
         Workshop(base.output_dir, SPEC, base.model_copy(update={"rank": 3})).prepare()
+
+
+def test_a_comparison_may_grow(base, trained):
+    compare.run_all(workshop(base), pretended, lambda _: None)
+    trained.clear()
+    grown = Comparison(**{**vars(SPEC), "methods": (*SPEC.methods, "drtune"), "seeds": 3})
+    compare.run_all(workshop(base, grown), lambda j, c: pretended(as_refl(j), c), lambda _: None)
+    runs = {(job.method, job.seed) for job in trained if not job.search}
+    old = {(method, 2) for method in SPEC.methods}
+    assert runs == old | {("drtune", seed) for seed in range(3)}
+    assert {job.method for job in trained if job.search} == {"drtune"}
+
+
+def as_refl(job: Job) -> Job:
+    return dataclasses.replace(job, method="refl")
 
 
 def test_a_claim_holds_while_its_process_lives(tmp_path: Path):
@@ -244,14 +260,64 @@ def test_trials_are_as_long_as_runs_unless_told():
     assert comparison_from("full").search_minutes == comparison_from("full").minutes
 
 
-def test_rates_at_the_edge_of_the_search_are_told():
-    results = results_of({"clip": {"shortft": [0.3], "refl": [0.2], "drtune": [0.1]}})
-    for (_, method), (run,) in results.items():
-        run["learning_rate"] = {"shortft": 1e-3, "refl": 9e-3, "drtune": 3e-3}[method]
-    (line,) = compare_report.at_the_edge(results, "clip", (1e-3, 3e-3, 9e-3))
-    assert line.endswith("may do more: shortft (0.001), refl (0.009).")
-    assert compare_report.at_the_edge(results, "clip", ()) == []
-    assert compare_report.at_the_edge(results, "clip", (1e-3,)) == []
+def tried(order: list[Job], method: str) -> list[float]:
+    return [job.learning_rate for job in order if job.search and job.method == method]
+
+
+def test_rates_at_the_edge_of_the_search_are_told(base, trained):
+    methods = ("shortft", "refl")
+    spec = Comparison(methods, ("symmetry",), seeds=1, search=(1e-3, 1e-2), num_prompts=6)
+    shop = workshop(base, spec)
+    compare.run_all(shop, pretended, lambda _: None)
+    (line,) = compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry")
+    assert line.endswith("may do more: shortft (0.01), refl (0.01).")
+    spec = Comparison(methods, ("symmetry",), seeds=1, search=(1e-3, 1e-2, 1e-1), num_prompts=6)
+    shop = workshop(base.model_copy(update={"output_dir": base.output_dir / "wide"}), spec)
+    compare.run_all(shop, pretended, lambda _: None)
+    assert compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry") == []
+    shop = Workshop(base.output_dir, Comparison(methods, ("symmetry",)), base)  # without a search
+    assert compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry") == []
+
+
+@pytest.mark.parametrize(
+    ("search", "further", "rates", "best"),
+    [
+        ((1e-4, 1e-3), 1, [1e-4, 1e-3, 1e-2], 1e-2),  # the limit ends it
+        ((1e-4, 1e-3), 3, [1e-4, 1e-3, 1e-2, 1e-1], 1e-2),  # the best is passed: 1e-1 is worse
+        ((1e-1, 5e-2), 2, [1e-1, 5e-2, 2.5e-2, 1.25e-2], 1.25e-2),  # downwards
+        ((1e-3, 1e-2, 1e-1), 2, [1e-3, 1e-2, 1e-1], 1e-2),  # inside from the start
+    ],
+)
+def test_a_search_goes_on_beyond_its_edge(base, trained, search, further, rates, best):
+    spec = Comparison(
+        ("shortft", "refl"), ("symmetry",), 1, search=search, search_further=further, num_prompts=6
+    )
+    shop = workshop(base, spec)
+    assert shop.learning_rate("symmetry", "refl") is None
+    compare.run_all(shop, pretended, lambda _: None)
+    for method in spec.methods:
+        assert sorted(tried(trained, method)) == sorted(rates)
+        assert shop.learning_rate("symmetry", method) == best
+    assert all(job.learning_rate == best for job in trained if not job.search)
+
+
+def test_one_reward_may_find_the_rates_of_all(base, trained):
+    rewards = ("symmetry", "compressibility")
+    spec = Comparison(
+        ("shortft", "refl"),
+        rewards,
+        1,
+        search=(1e-3, 1e-2),
+        search_reward="incompressibility",
+        num_prompts=6,
+    )
+    compare.run_all(workshop(base, spec), pretended, lambda _: None)
+    trials = [job for job in trained if job.search]
+    assert {job.reward for job in trials} == {"incompressibility"}
+    assert len(trials) == spec.trials() == 4
+    runs = [job for job in trained if not job.search]
+    assert {job.reward for job in runs} == set(rewards)
+    assert {job.learning_rate for job in runs} == {1e-2}
 
 
 def test_our_own_methods_are_no_rivals():
@@ -305,6 +371,7 @@ def test_budgets_name_what_there_is(base, budget: str):
         ({"budget": "laptop", "noises": 1}, "give 2 or more"),
         ({"budget": "laptop", "search": ("x",)}, "--search x: give learning rates"),
         ({"budget": "laptop", "search": ("-1",)}, "lie above 0"),
+        ({"budget": "laptop", "search_further": -1}, "--search-further -1: must be 0 or more"),
     ],
 )
 def test_mistakes(given: dict[str, Any], message: str):

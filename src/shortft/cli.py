@@ -394,6 +394,14 @@ def compare(
         float | None,
         typer.Option(help="Training minutes of every such trial; default: as a run's."),
     ] = None,
+    search_further: Annotated[
+        int | None,
+        typer.Option(help="Rates to try beyond an edge of those given, while the best lies there."),
+    ] = None,
+    search_reward: Annotated[
+        str | None,
+        typer.Option(help="Reward of every trial; its rates then hold for all rewards."),
+    ] = None,
     looks: Annotated[int | None, typer.Option(help="Evaluations on the way, for curves.")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts.")] = None,
     noises: Annotated[int | None, typer.Option(help="Pictures per held-out prompt.")] = None,
@@ -423,6 +431,8 @@ def compare(
         minutes=base.minutes if options.get("minutes") is not None else None,
         search=search and parse_list("--search", search),
         search_minutes=search_minutes,
+        search_further=search_further,
+        search_reward=search_reward,
         looks=looks,
         num_prompts=num_prompts,
         noises=noises,

@@ -57,15 +57,17 @@ class Workshop:
         self.root, self.comparison, self.base = root, comparison, base
         self.configs = {  # every mistake is told before any run
             (reward, method): self._config(reward, method)
-            for reward in comparison.rewards
+            for reward in dict.fromkeys((*comparison.rewards, *comparison.searched_rewards))
             for method in comparison.methods
         }
 
     def prepare(self) -> None:
-        """Write the prompts and what is compared, or check that the folder holds the same.
+        """Write the prompts and what is compared, or check that the folder's runs fit it.
+
+        Methods, rewards and seeds may be others than before, since every run stands for itself.
 
         Raises:
-            UserError: if it holds another comparison.
+            UserError: if it holds a comparison with other settings.
         """
         wanted = {
             **json.loads(json.dumps(asdict(self.comparison))),
@@ -74,7 +76,10 @@ class Workshop:
         kept = self.root / "compare.json"
         if kept.exists():
             found = json.loads(kept.read_text(encoding="utf-8"))
-            differing = [name for name, value in wanted.items() if found.get(name) != value]
+            free = ("methods", "rewards", "seeds")
+            differing = [
+                n for n, value in wanted.items() if n not in free and found.get(n) != value
+            ]
             if differing:
                 name = differing[0]
                 raise UserError(
@@ -118,30 +123,41 @@ class Workshop:
                         yield Job(folder, reward, method, seed, rate, spec.minutes, search=False)
 
     def trials(self) -> Iterator[Job]:
-        """The learning-rate search: short runs on other prompts and another seed."""
-        spec = self.comparison
-        if len(spec.search) < 2:
-            return
-        for reward in spec.rewards:
-            for method in spec.methods:
-                for rate in spec.search:
-                    place = self.root / "search" / slug(reward) / slug(method)
-                    folder = place / f"lr-{rate:g}"
-                    minutes = spec.search_minutes
-                    yield Job(folder, reward, method, SEARCH_SEED, rate, minutes, search=True)
+        """The learning-rate search: runs on other prompts and with another seed."""
+        for reward in self.comparison.searched_rewards:
+            for method in self.comparison.methods:
+                for rate in self.rates(reward, method):
+                    yield self._trial(reward, method, rate)
 
     def learning_rate(self, reward: str, method: str) -> float | None:
-        """The best rate of the search; without one the base configuration's."""
+        """The best rate of the search, None before it has ended; without one the base's."""
         search = self.comparison.search
         if len(search) < 2:
             return search[0] if search else self.base.learning_rate
-        found = {}
-        for trial in self.trials():
-            if (trial.reward, trial.method) == (reward, method):
-                if not trial.done:
-                    return None
-                found[trial.learning_rate] = read_result(trial)["reward"]["after"]
-        return max(found, key=lambda rate: float(found[rate]))
+        reward = self.comparison.search_reward or reward
+        trials = [self._trial(reward, method, rate) for rate in self.rates(reward, method)]
+        return _best(trials) if all(trial.done for trial in trials) else None
+
+    def _trial(self, reward: str, method: str, rate: float) -> Job:
+        folder = self.root / "search" / slug(reward) / slug(method) / f"lr-{rate:g}"
+        minutes = self.comparison.search_minutes
+        return Job(folder, reward, method, SEARCH_SEED, rate, minutes, search=True)
+
+    def rates(self, reward: str, method: str) -> list[float]:
+        """The rates to try: the given ones, and beyond an edge while the best lies there."""
+        rates = sorted(self.comparison.search)
+        for _ in range(self.comparison.search_further):
+            trials = [self._trial(reward, method, rate) for rate in rates]
+            if not all(trial.done for trial in trials):
+                break
+            best = _best(trials)
+            if best == rates[-1]:
+                rates.append(_rounded(best * best / rates[-2]))
+            elif best == rates[0]:
+                rates.insert(0, _rounded(best * best / rates[1]))
+            else:
+                break
+        return rates
 
     def finished(self) -> bool:
         spec = self.comparison
@@ -270,6 +286,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _best(trials: Sequence[Job]) -> float:
+    """The rate of the trial with the largest reward."""
+    return max(trials, key=lambda trial: float(read_result(trial)["reward"]["after"])).learning_rate
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
 def read_result(job: Job) -> dict[str, Any]:
     return dict(json.loads((job.folder / RESULT).read_text(encoding="utf-8")))
 
@@ -379,8 +404,9 @@ def compare_command(
         return
     console.print(
         f"{len(comparison.methods)} methods × {len(comparison.rewards)} rewards × "
-        f"{comparison.seeds} seeds: {comparison.runs()} runs, {comparison.cost_minutes():.0f} "
-        "minutes of training in all; loading and evaluation come on top",
+        f"{comparison.seeds} seeds: {comparison.runs()} runs and {comparison.trials()} trials of "
+        f"learning rates, {comparison.cost_minutes():.0f} minutes of training in all; loading and "
+        "evaluation come on top",
         highlight=False,
     )
     run_all(

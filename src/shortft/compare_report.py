@@ -146,9 +146,12 @@ def markdown(workshop: Workshop, results: Results) -> str:
         ]
     if len(spec.search) > 1:
         rates = ", ".join(f"{rate:g}" for rate in spec.search)
+        trained_for = f"on {spec.search_reward}" if spec.search_reward else "and reward"
+        further = f", and up to {spec.search_further} beyond an edge" if spec.search_further else ""
         lines += [
-            f"Learning rates: {rates}, each tried for {spec.search_minutes:g} minutes per method "
-            "and reward, on other prompts and with another seed; the best by reward was taken.",
+            f"Learning rates: {rates}{further}, each tried for {spec.search_minutes:g} minutes per "
+            f"method {trained_for}, on other prompts and with another seed; the best by reward was "
+            "taken.",
             "",
         ]
     rewards = [reward for reward in spec.rewards if any(r == reward for r, _ in results)]
@@ -158,7 +161,7 @@ def markdown(workshop: Workshop, results: Results) -> str:
         methods = by_gain(results, reward)
         lines += [f"## {reward}", "", _line(HEADER), _line(["---"] * len(HEADER))]
         lines += [_line(row(results, reward, m)) for m in methods]
-        lines += ["", *verdict(results, reward), *at_the_edge(results, reward, spec.search), ""]
+        lines += ["", *verdict(results, reward), *at_the_edge(workshop, results, reward), ""]
         warnings = [
             f"- {m}, seed {run['seed']}: {warning}"
             for m in methods
@@ -209,14 +212,19 @@ def verdict(results: Results, reward: str) -> list[str]:
     return lines
 
 
-def at_the_edge(results: Results, reward: str, search: Sequence[float]) -> list[str]:
+def at_the_edge(workshop: Workshop, results: Results, reward: str) -> list[str]:
     """Methods whose best learning rate is the lowest or highest tried: others may be better."""
-    edges = (min(search), max(search)) if len(search) > 1 else ()
-    rates = {m: results[reward, m][0]["learning_rate"] for m in by_gain(results, reward)}
-    found = ", ".join(f"{method} ({rate:g})" for method, rate in rates.items() if rate in edges)
+    spec, found = workshop.comparison, []
+    for method in by_gain(results, reward) if len(spec.search) > 1 else ():
+        if method in spec.methods:  # and no second line of one
+            rate = results[reward, method][0]["learning_rate"]
+            tried = workshop.rates(spec.search_reward or reward, method)
+            if rate in (tried[0], tried[-1]):
+                found.append(f"{method} ({rate:g})")
     if not found:
         return []
-    return [f"- Rates at the edge of those tried, so that a wider search may do more: {found}."]
+    names = ", ".join(found)
+    return [f"- Rates at the edge of those tried, so that a wider search may do more: {names}."]
 
 
 def _line(cells: Sequence[str]) -> str:

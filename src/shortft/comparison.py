@@ -18,7 +18,11 @@ class Comparison:
         rewards: reward specs.
         seeds: training seeds 0 … seeds - 1.
         minutes: training time of every run; sampling, evaluation and loading are not counted.
-        search: learning rates tried for every method and reward; one alone is taken untried.
+        search: learning rates tried for every method; one alone is taken untried.
+        search_further: rates tried beyond an edge of those, one at a time, while the best lies
+            there; the same limit for every method.
+        search_reward: the reward of every trial, whose rates then hold for all rewards; each
+            reward's own if empty. AdamW takes the scale off a reward, so that rates carry over.
         search_minutes: training time of every trial; as long as a run if not given. Shorter trials
             choose rates that are too high for the runs (docs/measurements.md).
         looks: evaluations on the way, for the curves.
@@ -30,6 +34,8 @@ class Comparison:
     seeds: int = 3
     minutes: float = 3.5
     search: tuple[float, ...] = ()
+    search_further: int = 0
+    search_reward: str = ""
     search_minutes: float = 0.0
     looks: int = 6
     num_prompts: int = 48
@@ -38,16 +44,24 @@ class Comparison:
     def __post_init__(self) -> None:
         object.__setattr__(self, "search_minutes", self.search_minutes or self.minutes)
 
+    @property
+    def searched_rewards(self) -> tuple[str, ...]:
+        """The rewards of the trials; none without a search."""
+        if len(self.search) < 2:
+            return ()
+        return (self.search_reward,) if self.search_reward else self.rewards
+
+    def trials(self) -> int:
+        """Trials of learning rates in all, without those beyond the edges."""
+        return len(self.methods) * len(self.searched_rewards) * len(self.search)
+
     def runs(self) -> int:
-        """Training runs in all, trials of learning rates included."""
-        trials = len(self.search) if len(self.search) > 1 else 0
-        return len(self.methods) * len(self.rewards) * (self.seeds + trials)
+        """Training runs in all, without trials."""
+        return len(self.methods) * len(self.rewards) * self.seeds
 
     def cost_minutes(self) -> float:
-        """Training minutes in all, without evaluation."""
-        pairs = len(self.methods) * len(self.rewards)
-        trials = len(self.search) if len(self.search) > 1 else 0
-        return pairs * (self.seeds * self.minutes + trials * self.search_minutes)
+        """Training minutes in all, without evaluation and without trials beyond the edges."""
+        return self.runs() * self.minutes + self.trials() * self.search_minutes
 
 
 BUDGETS = {
@@ -129,6 +143,8 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
     for name in {"seeds", "minutes", "search_minutes", "looks", "num_prompts"} & values.keys():
         if values[name] <= 0:
             raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
+    if values["search_further"] < 0:
+        raise UserError(f"--search-further {values['search_further']}: must be 0 or more")
     if values["noises"] < 2:
         raise UserError(
             f"--noises {values['noises']}: diversity compares pictures of one prompt; give 2 or "
