@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -17,7 +18,15 @@ from shortft.config import Config
 from shortft.errors import UserError
 from shortft.rewards import anchor_warning, make_reward, parse_reward_spec
 from shortft.rewards.files import read_weights
-from shortft.rewards.places import HUB, Place, parse_reward_models, reward_places
+from shortft.rewards.places import (
+    BERT,
+    COMPANIONS,
+    HUB,
+    VIT_H,
+    Place,
+    parse_reward_models,
+    reward_places,
+)
 from test_reward_models import blip_folder, folder  # noqa: F401
 from test_rewards import PROMPTS, clip_dir, scenes  # noqa: F401
 
@@ -105,7 +114,7 @@ def test_an_unpinned_pickle_of_the_hub_says_how_to_pin_it(tmp_path, monkeypatch,
         return str(file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    read_weights(HUB["hpsv2"], file.name)
+    read_weights(Place("hpsv2", "xswu/HPSv2"), file.name)
     (told,) = caplog.messages
     pinned = f"--reward-model hpsv2=xswu/HPSv2@{commit}#{digest}"
     assert told.endswith(f"to pin what was loaded now: {pinned}")
@@ -114,7 +123,30 @@ def test_an_unpinned_pickle_of_the_hub_says_how_to_pin_it(tmp_path, monkeypatch,
     assert len(caplog.messages) == 1
     assert asked == [("xswu/HPSv2", file.name, "main"), ("xswu/HPSv2", file.name, commit)]
     read_weights(Place("hpsv2", str(file)), file.name)  # the user's own file
+    read_weights(HUB["hpsv2"], file.name)  # pinned as it comes
     assert len(caplog.messages) == 1
+    assert asked[-1] == ("xswu/HPSv2", file.name, HUB["hpsv2"].revision)
+    with pytest.raises(UserError, match="SHA-256 of HPS_v2_compressed"):
+        read_weights(HUB["hpsv2.1"], file.name)  # not the file that is known by its checksum
+
+
+def test_everything_that_the_hub_gives_by_default_is_pinned():
+    assert all(place.is_pinned for place in HUB.values())
+    assert not Place("hpsv2", "xswu/HPSv2", "main").is_pinned
+    assert not Place("hpsv2", "xswu/HPSv2", "c0ffee").is_pinned  # may be a branch's name
+    commits = [place.revision for place in HUB.values()] + list(COMPANIONS.values())
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)
+
+
+@pytest.mark.parametrize(
+    ("name", "companion"), [("pickscore", VIT_H), ("hpsv2", VIT_H), ("imagereward", BERT)]
+)
+def test_tokenizers_come_at_their_own_commit(name: str, companion: str):
+    """Not at the commit of the weights, which another repository does not have."""
+    place = HUB[name]
+    assert place.revision_of(place.source) == place.revision
+    assert place.revision_of(companion) == COMPANIONS[companion] != place.revision
+    assert place.revision_of("somebody/else") == "main"
 
 
 @pytest.mark.parametrize(

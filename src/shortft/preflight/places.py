@@ -13,7 +13,7 @@ from shortft.assets import EMBEDDED, asset, model_path
 from shortft.config import Config
 from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
-from shortft.rewards.places import FILES, VIT_H, reward_places
+from shortft.rewards.places import BERT, CLIP_L, COMPANIONS, FILES, VIT_H, reward_places
 from shortft.rewards.spec import parse_reward_spec
 from shortft.shortcuts import BASE_JUMPS, PUBLISHED
 
@@ -28,7 +28,15 @@ KNOWN = {
     "black-forest-labs/FLUX.1-dev": ("flux", 33.7),
     "black-forest-labs/FLUX.2-klein-base-4B": ("flux2", 16.0),
 }
-REWARD_GB = {"pickscore": 3.9, "hpsv2": 2.0, "hpsv2.1": 2.0, "imagereward": 1.8, "aesthetic": 1.7}
+REWARD_GB = {"pickscore": 3.9, "hpsv2": 2.0, "hpsv2.1": 2.0, "imagereward": 1.8, "aesthetic": 0.01}
+# What a reward takes from the hub besides its weights: what for, where from, GB, one file.
+BESIDE = {
+    "pickscore": ("tokenizer", VIT_H, 0.01, "vocab.json"),
+    "hpsv2": ("tokenizer", VIT_H, 0.01, "vocab.json"),
+    "hpsv2.1": ("tokenizer", VIT_H, 0.01, "vocab.json"),
+    "imagereward": ("tokenizer", BERT, 0.01, "vocab.txt"),
+    "aesthetic": ("CLIP", CLIP_L, 1.7, "model.safetensors"),
+}
 SMALL_GB = 0.5  # a LoRA, a small decoder
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?")
 
@@ -67,10 +75,10 @@ def needed(config: Config) -> list[Place]:
                 0.0 if place.is_local else _missing(source, gb, files),
             )
         )
-        if name in ("pickscore", "hpsv2", "hpsv2.1") and not place.is_local:
-            places.append(
-                Place(f"tokenizer of {name}", VIT_H, _missing(VIT_H, 0.01, ["vocab.json"]))
-            )
+        if name in BESIDE and not place.is_local:
+            role, repo, gb, file = BESIDE[name]
+            missing = _missing(f"{repo}@{COMPANIONS[repo]}", gb, [file])
+            places.append(Place(f"{role} of {name}", repo, missing))
     return places
 
 

@@ -13,11 +13,8 @@ from transformers import CLIPModel, SiglipModel
 from shortft.errors import UserError
 from shortft.rewards.clip import image_features, load_clip_model
 from shortft.rewards.files import beside, read_weights
-from shortft.rewards.places import FILES, Place
+from shortft.rewards.places import CLIP_L, FILES, Place
 from shortft.rewards.preprocess import ClipPreprocess
-
-CLIP_L = "openai/clip-vit-large-patch14"
-"""The model whose features the head was trained on, where none lies beside the head."""
 
 
 class Aesthetic:
@@ -58,7 +55,8 @@ def load_aesthetic(place: Place, device: torch.device | str, dtype: torch.dtype)
         UserError: a file cannot be had, is damaged, holds code, or is of another architecture.
     """
     state, path = read_weights(place, FILES[place.reward])
-    clip = replace(place, source=beside(path, ("config.json",), CLIP_L), revision="main")
+    source = beside(path, ("config.json",), CLIP_L)
+    clip = replace(place, source=source, revision=place.revision_of(source))
     model, preprocess = load_clip_model(clip, device, dtype)
     head = score_head(state, model.config.projection_dim, place)
     return Aesthetic(model, preprocess, head.to(device))

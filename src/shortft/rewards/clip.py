@@ -178,7 +178,7 @@ def load_clip_model(
                 "writes it"
             )
         config, _ = ImageProcessingMixin.get_image_processor_dict(
-            processor or source, revision="main" if processor else revision
+            processor or source, revision=place.revision_of(processor or source)
         )
         preprocess = ClipPreprocess.from_config(config, siglip=model_type == "siglip")
     except UserError:
@@ -190,11 +190,10 @@ def load_clip_model(
 
 def load_tokenizer(place: Place, source: str, siglip: bool = False) -> PreTrainedTokenizerBase:
     """CLIP's tokenizer, or whichever a SigLIP names, from `source`; raises `UserError`."""
-    revision = place.revision if source == place.source else "main"
     kind: Any = AutoTokenizer if siglip else CLIPTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-            source, revision=revision, trust_remote_code=False
+            source, revision=place.revision_of(source), trust_remote_code=False
         )
     except Exception as error:
         raise cannot_load(place, error) from error

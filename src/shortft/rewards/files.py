@@ -52,8 +52,8 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
     """A PyTorch file as a dictionary of tensors on the CPU, and where it lies.
 
     Its SHA-256 is compared with the one that is known: ``place.sha256``, or the name under which
-    the hub's cache keeps a large file, which is the checksum that the hub lists. That tells damage,
-    not an exchanged file: where a download is not pinned, one warning says how to pin this one.
+    the hub's cache keeps a large file, which is the checksum that the hub lists for the revision.
+    Where a download is not pinned, one warning says how to pin this one.
 
     Raises:
         UserError: missing, of another checksum, damaged, or with code in it.
@@ -63,7 +63,7 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{place}: no file {path.name}; check the path")
     in_cache = path.resolve().name
     expected = place.sha256 or (in_cache if re.fullmatch(r"[0-9a-f]{64}", in_cache) else None)
-    unpinned = place.sha256 is None and not place.is_local
+    unpinned = not place.is_pinned and not place.is_local
     found = sha256(path) if expected is not None or unpinned else ""
     if expected is not None and found != expected.lower():
         raise UserError(

@@ -25,11 +25,9 @@ from shortft.rewards.files import (
     find_file,
     read_weights,
 )
-from shortft.rewards.places import FILES, Place
+from shortft.rewards.places import BERT, FILES, Place
 from shortft.rewards.preprocess import ClipPreprocess
 
-BERT = "google-bert/bert-base-uncased"
-"""The tokenizer's home, where none lies beside the weights."""
 TEXT_TOKENS = 35
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, from ImageReward.py
 _VISION_HEAD = 64  # channels per attention head of ViT-L
@@ -122,7 +120,8 @@ def load_imagereward(place: Place, device: torch.device | str, dtype: torch.dtyp
     head_state = {name.removeprefix("mlp."): state[name] for name in state}
     head = score_head(head_state, text_config.hidden_size, place)
     try:
-        tokenizer = BertTokenizer.from_pretrained(beside(path, TOKENIZER_FILES, BERT))
+        source = beside(path, TOKENIZER_FILES, BERT)
+        tokenizer = BertTokenizer.from_pretrained(source, revision=place.revision_of(source))
     except Exception as error:
         raise cannot_load(place, error) from error
     preprocess = ClipPreprocess.of_clip(vision_config.image_size, round_crop=True)

@@ -11,6 +11,7 @@ from shortft.paths import exists, is_dir, is_file
 
 OPTION = "--reward-model"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json"}  # of files, never of hub ids
 _PLACE = re.compile(r"(?P<source>.+?)(?:@(?P<revision>[^@#]+))?(?:#(?P<sha256>[^#]*))?")
 
@@ -39,21 +40,55 @@ class Place:
     def is_local(self) -> bool:
         return exists(self.source)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether nobody can exchange the weights: by checksum, or by a commit of the hub.
 
-# No commit hash or checksum is known: the hub could not be reached when this was written. Fill
-# them in as `revision` and `sha256`; until then a user can give both, see docs/rewards.md.
+        A commit names every file's checksum, and the hub's cache keeps a file under that name.
+        """
+        return self.sha256 is not None or bool(_COMMIT.fullmatch(self.revision))
+
+    def revision_of(self, source: str) -> str:
+        """The revision of this place, or of a companion of its weights on the hub."""
+        return self.revision if source == self.source else COMPANIONS.get(source, "main")
+
+
+# Commits as public projects that use these models pin them, and the checksum that several of them
+# name for the same file; see docs/rewards.md.
+_HPS = "697403c78157020a1ae59d23f111aa58ced35b0a"
 HUB = {
     place.reward: place
     for place in (
-        Place("pickscore", "yuvalkirstain/PickScore_v1"),
-        Place("hpsv2", "xswu/HPSv2"),
-        Place("hpsv2.1", "xswu/HPSv2"),
-        Place("imagereward", "THUDM/ImageReward"),
-        Place("aesthetic", "trl-lib/ddpo-aesthetic-predictor"),
+        Place(
+            "pickscore", "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
+        ),
+        Place("hpsv2", "xswu/HPSv2", _HPS),
+        Place(
+            "hpsv2.1",
+            "xswu/HPSv2",
+            _HPS,
+            "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+        ),
+        Place("imagereward", "THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"),
+        Place(
+            "aesthetic",
+            "trl-lib/ddpo-aesthetic-predictor",
+            "cf4bd10345610935a80a5d3be9a3133c50f121e4",
+        ),
     )
 }
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """PickScore's and HPSv2's tokenizer and preprocessing, where none lie beside the weights."""
+CLIP_L = "openai/clip-vit-large-patch14"
+"""The model whose features the aesthetic head was trained on, where none lies beside the head."""
+BERT = "google-bert/bert-base-uncased"
+"""ImageReward's tokenizer, where none lies beside the weights."""
+COMPANIONS = {
+    VIT_H: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    CLIP_L: "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    BERT: "86b5e0934494bd15c9632b12f734a8a67f723594",
+}
+"""Commits of what is taken from the hub where it does not lie beside the weights."""
 FILES = {
     "hpsv2": "HPS_v2_compressed.pt",
     "hpsv2.1": "HPS_v2.1_compressed.pt",
