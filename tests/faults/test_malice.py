@@ -369,7 +369,16 @@ def test_the_token_is_written_nowhere(settings, tmp_path: Path, capsys, monkeypa
         monkeypatch.setenv(name, CANARY)
     change = {"updates": 2, "tensorboard": True, "progress": True, "held_out": "symmetry"}
     config = Config(**{**settings, **change})
+    heard = []
+
+    def said() -> str:
+        """What was printed since; every command is listened to before the next one."""
+        printed = capsys.readouterr()
+        heard.append(printed.out + printed.err)
+        return heard[-1]
+
     adapter = train(config)
+    assert "reward" in said()
     arguments = ["--model", settings["model"], "--prompts", settings["prompts"]]
     for command in (
         ["train", *arguments, "--shortcut", "none", "--dry-run"],
@@ -378,9 +387,10 @@ def test_the_token_is_written_nowhere(settings, tmp_path: Path, capsys, monkeypa
          "--output-dir", tmp_path / "sampled"],
     ):  # fmt: skip
         assert main([str(a) for a in command]) == 0, command
-    refused(capsys, "train", *arguments, "--shortcut", "no/where")
-    said = capsys.readouterr()
-    assert CANARY not in said.out + said.err
+        assert said(), command
+    assert main([str(a) for a in ("train", *arguments, "--shortcut", "no/where")]) == 2
+    assert "error: " in said()
+    assert [text for text in heard if CANARY in text] == []
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) > 20
     assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
