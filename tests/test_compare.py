@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from shortft import compare, compare_figures, compare_report
 from shortft.cli import main
-from shortft.compare import CLAIM, RESULT, Job, Workshop, claim
+from shortft.compare import CLAIM, RESULT, Job, Workshop, claim, slug
 from shortft.comparison import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
 from shortft.errors import UserError
@@ -164,6 +165,40 @@ def test_a_comparison_may_grow(base, trained):
 
 def as_refl(job: Job) -> Job:
     return dataclasses.replace(job, method="refl")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("clip:1,symmetry:3", "clip-1_symmetry-3"),
+        ("clip:1,compressibility:0.16", "clip-1_compressibility-0.16"),
+        ("clip+pickscore:1.2~0.5", "clip+pickscore-1.2~0.5"),
+        ("draft_k:k=3", "draft_k-k=3"),
+        ("own.py:f", "own.py-f"),
+    ],
+)
+def test_plain_specs_are_folders_as_they_stand(spec: str, name: str):
+    assert slug(spec) == name
+
+
+def test_every_spec_has_a_folder_of_its_own_inside_the_output(base, tmp_path: Path):
+    specs = [
+        "/abs/own.py:f", "-abs-own.py:f", "../own.py:f", "../../own.py:f", "..\\own.py:f", ".",
+        "..", "...", "", "a\0b", "~/own.py:f", "ü.py:f", "ö.py:f", "\udcff.py:f",
+        f"{'x' * 300}.py:f", f"{'x' * 300}.py:g", "clip:1,own.py:f", "clip-1_own.py:f",
+        "own.py:f,clip", "own.py:f_clip",
+    ]  # fmt: skip
+    names = [slug(spec) for spec in specs]
+    assert len(set(names)) == len(specs)
+    for name in names:
+        assert re.fullmatch(r"[\w+~=][\w.+~=-]{0,99}", name, re.ASCII), name
+    own = tmp_path / "elsewhere" / "own.py"
+    own.parent.mkdir()
+    own.write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    spec = dataclasses.replace(SPEC, rewards=(f"{own}:f",))
+    root = base.output_dir
+    for job in workshop(base, spec).trials():
+        assert job.folder.resolve().is_relative_to(root.resolve())
 
 
 def test_a_claim_holds_while_its_process_lives(tmp_path: Path):

@@ -7,8 +7,10 @@ processes that were started with the same command.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -300,8 +302,18 @@ def read_result(job: Job) -> dict[str, Any]:
 
 
 def slug(spec: str) -> str:
-    """A reward or a method with options as a folder name."""
-    return spec.replace(":", "-").replace(",", "_")
+    """A reward or a method with options as a folder name: letters, digits, ``-_.+~=``, 100 at most.
+
+    Where that name could be another spec's too, or is none, a hash of the spec follows.
+    """
+    name = spec.replace(":", "-").replace(",", "_")
+    plain = re.sub(r"[^\w.+~=-]", "-", name, flags=re.ASCII)
+    # Own files may be named like specs: clip-1_own.py:f is not clip:1,own.py:f.
+    unclear = ".py" in spec and re.search(r"[-_]", spec)
+    if re.match(r"\w", name) and plain == name and len(name) <= 100 and not unclear:
+        return name
+    digest = hashlib.sha256(spec.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{plain[:80]}-{digest}".lstrip(".-")
 
 
 def _brief(value: object) -> str:
