@@ -7,24 +7,32 @@ from pathlib import Path
 
 from shortft.errors import UserError
 
-MAX_HEADER = 100_000_000  # as in safetensors itself
+# safetensors allows 100 MB, which take seconds and gigabytes to parse. A LoRA of thousands of
+# tensors has less than 1 MB, and trainers' own notes on top take a few.
+MAX_HEADER = 20_000_000
 
 
 def check_weights_file(name: str, path: Path, remedy: str) -> None:
-    """Whether a file is a whole safetensors file: its header, and as many bytes as that says.
+    """Whether a LoRA's file is whole safetensors: its header, and as many bytes as that says.
 
     Args:
         name: how the message names it.
         remedy: the message's end.
 
     Raises:
-        UserError: if it is cut off, something else, or cannot be read.
+        UserError: if it is cut off, something else, cannot be read, or has a header that no LoRA
+            needs.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length <= min(size, MAX_HEADER) else b""
+            if MAX_HEADER < length <= size:
+                raise UserError(
+                    f"{name}: has a header of {length:,} bytes, which no LoRA needs (at most "
+                    f"{MAX_HEADER:,} are read); {remedy}"
+                )
+            header = file.read(length) if length <= size else b""
         tensors = json.loads(header) if header else {}
         ends = [
             int(entry["data_offsets"][1]) for key, entry in tensors.items() if key != "__metadata__"

@@ -38,6 +38,7 @@ from shortft.networks import view
 from shortft.rewards.files import read_weights
 from shortft.rewards.places import FILES, Place
 from shortft.train import check_same_run, train
+from shortft.weights_file import MAX_HEADER, check_weights_file
 from test_adapter import make_adapter
 from tiny import save_tiny, tiny_family
 
@@ -130,6 +131,18 @@ def test_absurd_safetensors_are_refused_by_every_loader(rig, tmp_path: Path, wha
             load()
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1000
+
+
+def test_no_time_is_spent_on_headers_that_no_lora_needs(tmp_path: Path, capsys):
+    """What is within the bound is read: trainers' notes may take megabytes."""
+    file = tmp_path / "lora.safetensors"
+    header = as_json(a=entry([1], [0, 4]))
+    file.write_bytes(tensors_file(header.ljust(5_000_000), b"\0" * 4))
+    check_weights_file("lora", file, "mend it")
+    file.write_bytes(tensors_file(header.ljust(MAX_HEADER + 1), b"\0" * 4))
+    with pytest.raises(UserError, match=r"lora: has a header of 20,000,001 bytes.*; mend it"):
+        check_weights_file("lora", file, "mend it")
+    assert "a header of 20,000,001" in refused(capsys, "train", "--dry-run", "--shortcut", file)
 
 
 def test_the_commands_refuse_them_too(model, tmp_path: Path, settings, capsys):
