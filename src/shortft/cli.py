@@ -35,6 +35,7 @@ from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_dir, read_prompts
 from shortft.paths import exists
 from shortft.recipes import recipe, recipe_names
+from shortft.redact import without_secrets
 
 app = typer.Typer(
     help="Align a text-to-image model with a differentiable reward by ShortFT.",
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Stopped as stop:
         return 128 + stop.signal
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", without_secrets(" ".join(message.split())), file=sys.stderr)
     return 2
 
 

@@ -9,13 +9,13 @@ import urllib.request
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from rich.console import Console
 from rich.table import Table
 
 from shortft.drawing.progress import memory_text
 from shortft.recipes import MEMORY_GB, recipe_names
+from shortft.redact import without_login
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 SECONDS = 3  # to wait for the hub
@@ -139,12 +139,6 @@ def recipes() -> list[Line]:
         else:
             lines.append((GOOD, f"recipe {name}", f"about {need:g} GB"))
     return lines
-
-
-def without_login(address: str) -> str:
-    """An address without user, password, query and fragment."""
-    parts = urlsplit(address)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _safely(look: Callable[[], list[Line]]) -> list[Line]:

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from shortft.errors import UserError
 from shortft.families.single_file import shapes
 from shortft.inputs import read_prompts
 from shortft.networks import view
+from shortft.redact import without_secrets
 from shortft.rewards.files import read_weights
 from shortft.rewards.places import FILES, Place
 from shortft.train import check_same_run, train
@@ -375,6 +377,62 @@ def test_impossible_folders_and_files_are_one_line(tmp_path: Path, capsys, name:
 
 
 CANARY = "hf_canary0123456789"
+SECRETS = [
+    f"https://user:{CANARY}@hub/x",
+    "https://user:pa$$word@hub/x",
+    "https://user:pa/$$word@hub/x",
+    "https://user:pa@$$word@hub/x",
+    "https://$$word@hub/x",
+    "https://hub/x?signature=$$word",
+    "user:pa$$word@hub/x",
+    f"owner/{CANARY}",
+]
+
+
+@pytest.mark.parametrize("value", SECRETS)
+@pytest.mark.parametrize(
+    "option", ["--model", "--shortcut", "--reward", "--prompts", "--rank", "--output-dir"]
+)
+def test_no_message_repeats_a_login_or_a_token(tmp_path: Path, capsys, option: str, value: str):
+    if option == "--output-dir":  # a file in the way is what makes it an error
+        value = f"{value}/y"
+        Path(value).parent.parent.mkdir(parents=True, exist_ok=True)
+        Path(value).parent.write_text("")
+    elif option == "--model" and value == SECRETS[-1]:
+        value += "/not-an-id"
+    said = refused(capsys, "train", "--dry-run", option, value)
+    assert "canary" not in said
+    assert "$$word" not in said
+    assert "user:pa" not in said
+    assert option in said
+
+
+def test_no_message_repeats_a_secret_of_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "correct-horse")
+    monkeypatch.setenv("SHORT_TOKEN", "no")
+    said = refused(capsys, "train", "--dry-run", "--model", "/nowhere/correct-horse/x")
+    assert "--model /nowhere/***/x: no such model" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--reward hf_reward.py:f, clip:1,own.py:f: no such file",
+        "--model owner/name@main: no such model; give a hub id such as owner/name",
+        "--reward-model hpsv2=owner/name@main#123: try clip=/models/x@1",
+        "--shortcut C:/models@home/x.safetensors: no such file",
+        "http://localhost:8080/x: no answer",
+    ],
+)
+def test_other_messages_stay_as_they_are(text: str):
+    assert without_secrets(text) == text
+
+
+def test_a_long_message_is_redacted_in_no_time():
+    for part in ("a", "a:", "http://", "hf_", "@", "a@:/"):
+        began = time.monotonic()
+        without_secrets(part * 50_000)
+        assert time.monotonic() - began < 5, part
 
 
 def test_the_token_is_written_nowhere(settings, tmp_path: Path, capsys, monkeypatch):
@@ -401,8 +459,9 @@ def test_the_token_is_written_nowhere(settings, tmp_path: Path, capsys, monkeypa
     ):  # fmt: skip
         assert main([str(a) for a in command]) == 0, command
         assert said(), command
-    assert main([str(a) for a in ("train", *arguments, "--shortcut", "no/where")]) == 2
-    assert "error: " in said()
+    for option in (["--shortcut", "no/where"], ["--reward", f"https://me:{CANARY}@hub/x"]):
+        assert main([str(a) for a in ("train", *arguments, *option)]) == 2
+        assert "error: " in said()
     assert [text for text in heard if CANARY in text] == []
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) > 20
