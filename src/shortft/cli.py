@@ -31,6 +31,7 @@ from shortft.cli_options import (
     with_config_options,
 )
 from shortft.config import Config, load_config, to_yaml
+from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_dir, read_prompts
 from shortft.paths import exists
@@ -122,6 +123,7 @@ def train(
 ) -> None:
     """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
     config = _config(config_file, options)
+    refuse_links(config.output_dir, RUN)
     if dry_run:
         print(to_yaml(config), end="", flush=True)
         from shortft.preflight.dry_run import dry_run as check_run
@@ -438,6 +440,7 @@ def compare(
         num_prompts=num_prompts,
         noises=noises,
     )
+    refuse_links(base.output_dir, COMPARISON)
     compare_command(base.output_dir, chosen, base, report_only=report_only)
 
 
@@ -451,6 +454,7 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Do the whole job on the embedded model: train, evaluate, draw; minutes on two cores."""
+    refuse_links(output_dir, RUN)
     from shortft.demo import demo
 
     demo(output_dir=output_dir, reward=reward, minutes=minutes, seed=seed)

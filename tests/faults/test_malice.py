@@ -31,6 +31,7 @@ from shortft.adapter import load_into
 from shortft.checkpoint import load_latest, manifest_of
 from shortft.cli import main
 from shortft.config import Config, load_config
+from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.drawing.grids import save_images
 from shortft.errors import UserError
 from shortft.families.single_file import shapes
@@ -374,6 +375,44 @@ def test_impossible_folders_and_files_are_one_line(tmp_path: Path, capsys, name:
     refused(capsys, "train", "--dry-run", "--shortcut", where)
     refused(capsys, "train", "--dry-run", "--reward-model", where)
     refused(capsys, "train", "--dry-run", "--reward", f"{where}.py:name")
+
+
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("target", ["file", "folder", "absent"])
+def test_links_in_an_output_folder_are_refused(tmp_path: Path, capsys, name: str, target: str):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    if target == "file":
+        outside.write_text("mine")
+    elif target == "folder":
+        outside.mkdir()
+        (outside / "mine.txt").write_text("mine")
+    (run / name).symlink_to(outside)
+    before = sorted(tmp_path.rglob("*"))
+    refuse_links(run, [n for n in RUN if n != name])
+    for arguments in (
+        ["train", "--output-dir", run],
+        ["train", "--dry-run", "--resume", "--output-dir", run],
+        ["demo", "--output-dir", run],
+    ):
+        said = refused(capsys, *arguments)
+        assert f"--output-dir {run}: {run / name} is a link to {outside}" in said
+        assert "remove the link, or name another folder" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    assert target != "file" or outside.read_text() == "mine"
+
+
+def test_links_further_below_are_refused_too(tmp_path: Path, capsys):
+    """A comparison writes deep into its folder; the folder itself may be a link."""
+    out, outside = tmp_path / "real", tmp_path / "outside"
+    folder = out / "runs" / "clip" / "shortft"
+    folder.mkdir(parents=True)
+    (tmp_path / "out").symlink_to(out)
+    refuse_links(tmp_path / "out", COMPARISON)
+    (folder / "seed-0").symlink_to(outside)
+    arguments = ["--rewards", "symmetry", "--methods", "draft_k", "--output-dir", tmp_path / "out"]
+    assert "seed-0 is a link to" in refused(capsys, "compare", *arguments)
+    assert not outside.exists()
 
 
 CANARY = "hf_canary0123456789"
