@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shortft.assets import asset
 from shortft.config import Config
 from shortft.errors import UserError
-from shortft.faithful import RECORD, jump_errors, require_faithful
+from shortft.faithful import MARGIN, RECORD, jump_errors, require_faithful
 from shortft.families.base import Guidance
 from shortft.shortcut_check import Jumper, measure
 from shortft.train import train
@@ -35,7 +36,8 @@ def test_a_good_one_passes_and_is_measured_once(tmp_path: Path):
     require_faithful(trainer, told.append)
     assert "4 prompts, 22 network calls each" in told[0]
     kept = json.loads((tmp_path / "run" / RECORD).read_text())
-    assert kept["shortcut"] < 0.9 * kept["base"]
+    assert kept["shortcut"] < (1 - MARGIN) * kept["base"] - 0.01
+    assert kept["guided"] == kept["base"]  # it runs with the chain's own guidance
     require_faithful(trainer, told.append)
     assert len(told) == 2
     shipped = trainer.config.model_copy(update={"shortcut": "auto", "output_dir": tmp_path})
@@ -60,6 +62,7 @@ def test_errors_are_those_of_shortft_check(settings: dict[str, Any]):
         [
             Jumper("shortcut", nets.module(jumps[0]), Guidance(3.0)),
             Jumper("base", family.denoiser, Guidance(3.0)),
+            Jumper("guided", family.denoiser, nets.guidance),
         ],
         trainer.schedule,
         4,
@@ -68,7 +71,58 @@ def test_errors_are_those_of_shortft_check(settings: dict[str, Any]):
         nets.guidance,
     )
     expected = [torch.tensor(m.jump_error[1:]).mean() for m in measured]
-    torch.testing.assert_close(torch.tensor(found), torch.stack(expected), atol=1e-5, rtol=1e-4)
+    for name, error in zip(("shortcut", "base", "guided"), expected, strict=True):
+        assert found[name] == pytest.approx(float(error), abs=1e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["noise", "little"])
+def test_one_that_lands_hardly_closer_is_refused(tmp_path: Path, change: str):
+    """The shipped one under noise as large as its weights' spread, and a twentieth of it."""
+    config = shipped_copy(tmp_path, shortcut_scale=0.05 if change == "little" else None)
+    if change == "noise":
+        generator = torch.Generator().manual_seed(0)
+        state = load_file(config.shortcut)
+        for weights in state.values():
+            noise = torch.randn(weights.shape, generator=generator)
+            weights += (noise * weights.float().std()).to(weights.dtype)
+        save_file(state, config.shortcut, {"format": "pt"})
+    with pytest.raises(UserError, match=r"must stay below 0\.124") as caught:
+        require_faithful(Trainer(config), lambda _: None)
+    assert "of the base itself by 0.137, and" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_lora_that_was_trained_for_other_pictures_is_refused(tmp_path: Path):
+    style = train(
+        shipped_copy(
+            tmp_path,
+            method="draft_k",
+            reward="symmetry",
+            batch_size=2,
+            updates=5,
+            minutes=None,
+            learning_rate=5e-3,
+            sample_every=0,
+            progress=False,
+        )
+    )
+    for guidance in (None, 3.0):
+        config = shipped_copy(
+            tmp_path,
+            shortcut_guidance_scale=guidance,
+            output_dir=tmp_path / "second",
+        ).model_copy(update={"shortcut": str(style / "lora_1.safetensors")})
+        with pytest.raises(UserError, match="does not preserve the trajectory"):
+            require_faithful(Trainer(config), lambda _: None)
+
+
+def test_the_guided_jump_stands_beside_an_unguided_shortcut(settings: dict[str, Any]):
+    told: list[str] = []
+    trainer = Trainer(Config(**{**settings, "check_shortcut": True}))
+    with pytest.raises(UserError, match=r"by \d.\d+ \(with the chain's guidance by \d.\d+\), and"):
+        require_faithful(trainer, told.append)
+    calls = 8 + 3 * 3  # the chain's, and three jumpers over three segments
+    assert f"{calls} network calls each" in told[0]
 
 
 def test_a_random_lora_is_refused_unless_it_is_wanted(settings: dict[str, Any], model: Path):

@@ -1,9 +1,11 @@
 """Before training: does a shortcut follow the base's own chain, or would it teach another model?
 
-A LoRA that leaves the trajectory (an adversarial few-step model, a style, one of another base)
-trains the reward LoRAs on pictures that inference never draws. So the jumps that training is
-about to make are measured on a few prompts first, and compared with what the base itself does in
-the same jumps under the same guidance: a shortcut that lands no closer is refused.
+A LoRA that leaves the trajectory trains the reward LoRAs on pictures that inference never draws.
+So the jumps that training is about to make are measured on a few prompts first, and compared with
+what the base itself does in the same jumps under the same guidance: a shortcut that does not land
+clearly closer is refused. That finds LoRAs which do not help to jump: random or damaged ones, one
+of another base, one that changes next to nothing. A shortcut that is worse than it could be but
+still better than the base's jump passes; no released adversarial model or style was at hand to try.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from shortft.seeds import sample_seed
 from shortft.trainer import Trainer
 
 PROMPTS = 4
+# Share of the base's error by which a shortcut must stay below it. A LoRA that changes next to
+# nothing stays within 1 % of the base, the shipped shortcut is 16 % to 36 % below it, and four
+# prompts tell differences of a few per cent apart.
+MARGIN = 0.1
 RECORD = "shortcut_check.json"
 NOISE = 7  # place in the seed's name space
 
@@ -52,26 +58,30 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
     about = described(trainer)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("about") == about:
         return
-    calls = trainer.schedule.num_steps + 2 * len(jumps)
+    own, chain = trainer.nets.shortcut_guidance.scale, trainer.nets.guidance.scale
+    calls = trainer.schedule.num_steps + (2 if own == chain else 3) * len(jumps)
     report(
         f"measuring the shortcut on {PROMPTS} prompts, {calls} network calls each "
         "(--no-check-shortcut leaves it out)"
     )
-    shortcut, plain = jump_errors(trainer, jumps)
-    if not shortcut < plain:
+    errors = jump_errors(trainer, jumps)
+    limit = (1 - MARGIN) * errors["base"]
+    told = (
+        f"jumps miss the base's own chain by {errors['shortcut']:.3f} of their length, jumps of "
+        f"the base itself by {errors['base']:.3f}"
+    )
+    if own != chain:
+        told += f" (with the chain's guidance by {errors['guided']:.3f})"
+    if not errors["shortcut"] < limit:
         raise UserError(
             f"--shortcut {config.shortcut}: does not preserve the trajectory of {config.model}: "
-            f"its jumps miss the base's own chain by {shortcut:.2f} of their length, jumps of the "
-            f"base itself by {plain:.2f}; use another few-step LoRA, make one by `shortft "
-            "shortcut`, give 'none' for jumps of the base, or pass --no-check-shortcut to train "
-            "with it all the same"
+            f"its {told}, and it must stay below {limit:.3f}; use another few-step LoRA, make one "
+            "by `shortft shortcut`, give 'none' for jumps of the base, or pass "
+            "--no-check-shortcut to train with it all the same"
         )
-    report(
-        f"the shortcut's jumps miss the base's own chain by {shortcut:.2f} of their length, jumps "
-        f"of the base itself by {plain:.2f}"
-    )
+    report(f"the shortcut's {told}")
     if trainer.accelerator.is_main_process:
-        found = {"about": about, "shortcut": shortcut, "base": plain, "prompts": PROMPTS}
+        found = {"about": about, **errors, "prompts": PROMPTS}
         write_atomic(record, (json.dumps(found, indent=2) + "\n").encode())
 
 
@@ -89,18 +99,25 @@ def described(trainer: Trainer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def jump_errors(trainer: Trainer, jumps: list[Step]) -> tuple[float, float]:
+def jump_errors(trainer: Trainer, jumps: list[Step]) -> dict[str, float]:
     """‖landed - end‖ / ‖end - start‖ of jumps from true states, mean over jumps and prompts.
 
     Returns:
-        The shortcut's, and the base's own with the shortcut's guidance.
+        The shortcut's; the base's own with the shortcut's guidance (``base``), and with the
+        chain's (``guided``).
     """
     family, nets, schedule = trainer.family, trainer.nets, trainer.schedule
     stride = max(1, len(trainer.prompts) // PROMPTS)
     prompts = [trainer.prompts[i * stride % len(trainer.prompts)] for i in range(PROMPTS)]
     cond = family.encode(prompts)
     noise = family.noise([sample_seed(trainer.config.seed, NOISE, i) for i in range(PROMPTS)])
-    missed: dict[str, list[Tensor]] = {"shortcut": [], "base": []}
+    jumpers = {
+        "shortcut": (nets.module(jumps[0]), nets.shortcut_guidance),
+        "base": (nets.base, nets.shortcut_guidance),
+    }
+    if nets.guidance.scale != nets.shortcut_guidance.scale:
+        jumpers["guided"] = (nets.base, nets.guidance)
+    missed: dict[str, list[Tensor]] = {name: [] for name in jumpers}
     for rows in torch.arange(PROMPTS).split(trainer.micro_batch):
         here, plan = cond[rows], base_plan(schedule)
         states: dict[int, Tensor] = {}
@@ -108,9 +125,10 @@ def jump_errors(trainer: Trainer, jumps: list[Step]) -> tuple[float, float]:
         for step in jumps:
             start, end = states[step.start], states[step.stop]
             moved = (end - start).flatten(1).norm(dim=1)
-            for name, net in (("shortcut", nets.module(step)), ("base", nets.base)):
+            for name, (net, guidance) in jumpers.items():
                 timestep = float(schedule.timesteps[step.start])
-                prediction = family.predict(net, start, timestep, here, nets.shortcut_guidance)
+                prediction = family.predict(net, start, timestep, here, guidance)
                 landed = jump(schedule, start, prediction, step.start, step.stop)
                 missed[name].append((landed - end).flatten(1).norm(dim=1) / moved)
-    return float(torch.cat(missed["shortcut"]).mean()), float(torch.cat(missed["base"]).mean())
+    errors = {name: float(torch.cat(parts).mean()) for name, parts in missed.items()}
+    return {"guided": errors["base"], **errors}
