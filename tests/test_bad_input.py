@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,21 @@ Told = Callable[..., str]
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Told:
-    """Runs a command that must fail; its one line."""
+def told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Told:
+    """Runs a command that must fail; its one line, and nothing else on either stream."""
+    # Libraries log to what was standard error when they were imported: let them write to this one.
+    for library in ("diffusers", "transformers", "huggingface_hub"):
+        for handler in logging.getLogger(library).handlers:
+            if type(handler) is logging.StreamHandler:  # not one of pytest
+                monkeypatch.setattr(handler, "stream", sys.stderr)
 
     def run(*arguments: object) -> str:
+        capfd.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
-        shown = capsys.readouterr()
+        shown = capfd.readouterr()
+        assert shown.out == ""
         assert shown.err.startswith("error: ")
         assert shown.err.count("\n") == 1
         assert len(shown.err.replace(str(tmp_path), "")) < 600
@@ -137,6 +148,11 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     gone = shutil.copytree(model, tmp_path / "gone")
     shutil.rmtree(gone / "unet")
     assert f"--model {gone}: cannot be loaded" in told(*train(gone, out, "--shortcut", "none"))
+    pickle = shutil.copytree(model, tmp_path / "pickle")
+    weights = pickle / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert f"--model {pickle}: cannot be loaded" in told(*train(pickle, out, "--shortcut", "none"))
     lying = shutil.copytree(model, tmp_path / "lying")
     index = json.loads((lying / "model_index.json").read_text())
     for name, message in (

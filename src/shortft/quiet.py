@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back progress bars and advice of diffusers and transformers; errors pass.
+    """Hold back progress bars and log messages of diffusers and transformers; exceptions pass.
 
     What they say while a model loads (a missing optional torchvision, a module that stays in
-    fp32) is nothing a user can or should act on. Bars of downloads stay: they take minutes.
+    fp32) is nothing a user can or should act on. What they log as an error, such as a line for
+    every size that differs, comes as an exception too. Bars of downloads stay: they take minutes.
     """
     import diffusers.utils.logging as diffusers_logging
     import huggingface_hub.utils as hub
@@ -23,7 +25,7 @@ def quiet() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
     if downloads:
         hub.enable_progress_bars()  # transformers takes them for its own
