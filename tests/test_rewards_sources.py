@@ -1,9 +1,11 @@
 """Where rewards come from: places and checksums of models, damaged and hostile files, own code."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -11,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import shortft
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.rewards import anchor_warning, make_reward, parse_reward_spec
+from shortft.rewards.clip import _commit
 from shortft.rewards.files import read_weights
 from shortft.rewards.places import (
     BERT,
@@ -243,6 +247,47 @@ def test_head_of_another_clip_and_half_a_pickscore_are_user_errors(tmp_path, fol
     weights.write_bytes(weights.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"--reward-model pickscore=.*: cannot be loaded"):
         make_reward("pickscore", f"pickscore={tmp_path}")
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_clip_that_is_a_pickle_is_not_read(tmp_path, clip_dir, monkeypatch, index):  # noqa: F811
+    """Neither by its usual name, nor where the index of safetensors names it."""
+    for file in clip_dir.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"logit_scale": Hostile()}, tmp_path / "pytorch_model.bin")
+    if index:
+        content = {"metadata": {}, "weight_map": {"logit_scale": "pytorch_model.bin"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    for name, models in (("clip", tmp_path), ("pickscore", f"pickscore={tmp_path}")):
+        with pytest.raises(UserError, match="give a model with a model") as caught:
+            make_reward(name, models)
+        assert "--reward-model" in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+        assert "use_safetensors" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_harmless_pickles_are_not_read_either(tmp_path, clip_dir):  # noqa: F811
+    for file in clip_dir.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    weights = load_file(clip_dir / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="has no weights in safetensors"):
+        make_reward("clip", tmp_path)
+
+
+def test_a_model_of_the_hub_is_read_at_one_commit(tmp_path, clip_dir, monkeypatch):  # noqa: F811
+    """As huggingface_hub's cache lays it out; a branch's commit is known once a file is there."""
+    commit = "c0ffee" * 6 + "0000"
+    repo = tmp_path / "models--me--clip"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(clip_dir, repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert _commit(Place("clip", "me/clip")) == commit
+    assert _commit(Place("clip", "me/other")) == "main"
+    assert _commit(Place("clip", str(clip_dir))) == "main"
 
 
 OWN = """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -150,6 +152,8 @@ def load_clip_model(
 ) -> tuple[CLIPModel | SiglipModel, ClipPreprocess]:
     """The model of `place`, and its preprocessing from there or from the directory `processor`.
 
+    Weights are read from safetensors only: a pickle here would have no checksum.
+
     Raises:
         UserError: it cannot be found or read, or is of another kind.
     """
@@ -165,7 +169,8 @@ def load_clip_model(
         with quiet():
             loaded: Any = kind.from_pretrained(
                 source,
-                revision=revision,
+                revision=_commit(place),
+                use_safetensors=True,
                 dtype=dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
@@ -184,8 +189,27 @@ def load_clip_model(
     except UserError:
         raise
     except Exception as error:  # SafetensorError, for one, is nothing narrower
+        # transformers' and torch's own messages advise to read the pickle.
+        if isinstance(error, pickle.UnpicklingError) or "named model.safetensors" in str(error):
+            raise UserError(
+                f"{place}: has no weights in safetensors; pickles (pytorch_model.bin) may run code "
+                "and are not read: give a model with a model.safetensors"
+            ) from None
         raise cannot_load(place, error) from error
     return model.to(device), preprocess
+
+
+def _commit(place: Place) -> str:
+    """The commit that the configuration in the hub's cache is of; else the place's revision.
+
+    Of a branch without safetensors transformers would have a service of the hub convert the pickle.
+    """
+    found = (
+        None
+        if place.is_local
+        else try_to_load_from_cache(place.source, "config.json", revision=place.revision)
+    )
+    return Path(found).parent.name if isinstance(found, str) else place.revision
 
 
 def load_tokenizer(place: Place, source: str, siglip: bool = False) -> PreTrainedTokenizerBase:
