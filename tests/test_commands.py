@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from shortft import sampling
 from shortft.cli import main
 from shortft.config import Config
+from shortft.families.pipeline import PipelineFamily, UNetFamily
 from shortft.train import train
 from tiny import save_tiny
 
@@ -86,6 +93,53 @@ def test_evaluate(run: Path, tmp_path: Path):
     low, high = reward["change_interval"]
     assert low <= reward["after"] - reward["before"] <= high
     assert (tmp_path / "before_after.png").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "check", "export"])
+def test_few_pictures_at_once_and_no_text_encoders(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    """What networks and decoder are given, while no text encoder is left in memory."""
+    decoded, predicted, formats = [], [], set()
+    encoders: list[weakref.ref[Any]] = []
+    decode, predict, ahead = PipelineFamily.decode, UNetFamily.predict, PipelineFamily.encode_ahead
+
+    def count_decoded(self: Any, latents: Tensor) -> Tensor:
+        decoded.append(len(latents))
+        formats.add(self.dtype)
+        if len(decoded) == 1:
+            gc.collect()
+        assert encoders
+        assert all(encoder() is None for encoder in encoders)
+        return decode(self, latents)
+
+    def count_predicted(self: Any, net: Any, latents: Tensor, *rest: Any) -> Tensor:
+        predicted.append(len(latents))
+        return predict(self, net, latents, *rest)
+
+    def watch(self: Any, prompts: Any) -> None:
+        encoders.append(weakref.ref(self._text.text_encoder))
+        ahead(self, prompts)
+
+    monkeypatch.setattr(PipelineFamily, "decode", count_decoded)
+    monkeypatch.setattr(UNetFamily, "predict", count_predicted)
+    monkeypatch.setattr(PipelineFamily, "encode_ahead", watch)
+    monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 2 * 16 * 16)
+    (tmp_path / "prompts.txt").write_text("red apple\npanda face\nrocket\nkey\n")
+    options = ["--model", str(run / "model"), "--prompts", str(tmp_path / "prompts.txt")]
+    options += ["--precision", "bf16", "--batch-size", "3"]
+    if command == "check":
+        lora = run / "train" / "adapter" / "lora_1.safetensors"
+        options += ["--shortcut", str(lora), "--num-prompts", "4", "--num-steps", "8"]
+    else:
+        options += ["--adapter", str(run / "train" / "adapter")]
+        options += ["--output-dir", str(tmp_path / "out")]
+    if command == "evaluate":
+        options += ["--reward", "symmetry", "--seeds", "2"]
+    assert main([command, *options]) in ((0, 1) if command == "check" else (0,))
+    assert max(decoded) == 2
+    assert max(predicted) == 3
+    assert formats == {torch.bfloat16}
 
 
 def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

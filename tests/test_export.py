@@ -6,9 +6,11 @@ import json
 import math
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import comfyui_nodes
+from shortft import export as exporting
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
 from shortft.comfyui import Graph, Link, workflow
 from shortft.export import kohya_state, plain_state
+from shortft.families import load_family, open_pipeline
 from shortft.families.base import Guidance
 from shortft.model_card import card, header, shareable
 from shortft.networks import ModelNetworks
@@ -119,6 +123,56 @@ def test_merged_model_draws_as_the_plain_lora(place: Path, tmp_path: Path):
     pipe.load_lora_weights(diffusers, weight_name="plain.safetensors")
     whole = StableDiffusionPipeline.from_pretrained(merged)
     torch.testing.assert_close(predictions(whole), predictions(pipe), atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_must_fit_on_the_disk_in_its_number_format(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    """Its source lies there in half precision, or on the hub: neither tells the size."""
+    half = tmp_path / "half"
+    tiny_pipeline().to(dtype=torch.float16).save_pretrained(half)
+    stored = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
+    pipe = tiny_pipeline()
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    weights = 4 * sum(p.numel() for part in parts for p in part.parameters())
+    assert weights > 1.2 * stored
+    monkeypatch.setattr(exporting, "SMALL_FILES", 0)
+    lora = 3 * sum(file.stat().st_size for file in (place / "run" / "adapter").iterdir())
+    free = SimpleNamespace(free=lora + weights - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    command = ["export", "--adapter", str(place / "run" / "adapter"), "--format", "merged"]
+    command += ["--model", str(half), "--output-dir", str(tmp_path / "out"), "--no-measure"]
+    assert main(command) == 2
+    assert "pass --precision bf16 for half of it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--precision", "bf16"]) == 0
+    file = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    free.free += 1
+    command[command.index("--output-dir") + 1] = str(tmp_path / "whole")
+    assert main(command) == 0
+    written = (tmp_path / "whole").rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in written) <= 1.1 * weights
+
+
+def test_merging_holds_one_copy_of_the_model(place: Path, tmp_path: Path, monkeypatch):
+    denoisers = []
+
+    def load(*args: object, **options: object) -> Any:
+        family = load_family(*args, **options)  # type: ignore[arg-type]
+        denoisers.append(weakref.ref(family.denoiser))
+        return family
+
+    def opened(*args: Any) -> Any:
+        assert denoisers[0]() is None
+        return open_pipeline(*args)
+
+    monkeypatch.setattr(exporting, "load_family", load)
+    monkeypatch.setattr(exporting, "open_pipeline", opened)
+    for options in (["--no-measure"], []):
+        denoisers.clear()
+        export(place, "merged", tmp_path / str(len(options)), *options)
+        assert denoisers
 
 
 def test_exported_diffusers_folder_is_an_adapter_still(place: Path, tmp_path: Path):

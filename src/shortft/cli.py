@@ -167,6 +167,7 @@ def sample(
     num_steps: AdapterStepsOption = None,
     guidance_scale: GuidanceOption = None,
     strength: StrengthOption = 1.0,
+    precision: PrecisionOption = "fp32",
     batch_size: BatchOption = 8,
 ) -> None:
     """Draw pictures with the base model or with an adapter."""
@@ -185,6 +186,7 @@ def sample(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         strength=strength,
+        precision=precision,
         batch_size=batch_size,
     )
 
@@ -259,6 +261,7 @@ def check(
     prompts: PromptsOption = None,
     resolution: ResolutionOption = None,
     precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 16,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> int:
     """Measure how faithful a shortcut is. Exit code 1 if no better than DDIM jumps of its cost."""
@@ -281,6 +284,7 @@ def check(
         prompts_path=prompts,
         resolution=resolution,
         precision=precision,
+        batch_size=batch_size,
     )
 
 
@@ -356,6 +360,11 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Measure what one LoRA without a schedule loses.")
     ] = True,
+    precision: Annotated[
+        Literal["fp32", "bf16"],
+        typer.Option(help="Number format while measuring, and of a merged model's weights."),
+    ] = "fp32",
+    batch_size: BatchOption = 16,
 ) -> None:
     """Write an adapter for other tools: diffusers, kohya's scripts, A1111, ComfyUI, or merged."""
     if prompts is not None:
@@ -371,6 +380,8 @@ def export(
         prompts_path=prompts,
         num_prompts=num_prompts,
         measure=measure,
+        precision=precision,
+        batch_size=batch_size,
     )
 
 

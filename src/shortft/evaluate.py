@@ -210,6 +210,7 @@ def evaluate_command(
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     console = Console()
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
+    family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more
     scored_by = make_reward(reward, reward_model, family.device)
     with console.status("") as status:
         figures, pictures = evaluate(

@@ -7,6 +7,7 @@ is measured, not assumed.
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shortft.adapter import AdapterInfo, load_into, lora_file, read_info
-from shortft.assets import model_path, prompts_for
+from shortft.assets import prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
@@ -36,6 +37,8 @@ from shortft.space import check_space, size_of
 
 Format = Literal["diffusers", "kohya", "comfyui", "merged"]
 PLAIN = "plain.safetensors"
+BYTES = {"fp32": 4, "bf16": 2}  # of one weight
+SMALL_FILES = 50_000_000  # a pipeline's tokenizers and configurations
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,13 @@ def write_plain_adapter(
 
 
 def measure_loss(
-    family: Family, adapter: Path, plain: Path, info: AdapterInfo, prompts: list[str]
+    family: Family,
+    adapter: Path,
+    plain: Path,
+    info: AdapterInfo,
+    prompts: list[str],
+    *,
+    batch_size: int = 16,
 ) -> Loss:
     """Mean rewards of base, scheduled and plain adapter on the same prompts and noise."""
     from shortft.evaluate import base_pictures, evaluate
@@ -132,9 +141,12 @@ def measure_loss(
         seeds=2,
         num_steps=info.num_steps,
         guidance_scale=info.guidance_scale,
+        batch_size=batch_size,
     )
     figures = [
-        evaluate(family, path, reward, prompts, seeds=2, before=before)[0]["reward"]
+        evaluate(family, path, reward, prompts, seeds=2, before=before, batch_size=batch_size)[0][
+            "reward"
+        ]
         for path in (adapter, plain)
     ]
     return Loss(figures[0]["before"], figures[0]["after"], figures[1]["after"])
@@ -149,6 +161,8 @@ def export_command(
     num_prompts: int,
     measure: bool,
     pipeline: str | None = None,
+    precision: str = "fp32",
+    batch_size: int = 16,
 ) -> None:
     """`shortft export`: write the files and a card; print what a plain LoRA loses.
 
@@ -173,15 +187,19 @@ def export_command(
             f"{adapter}: a LoRA cannot be read ({error}); restore it or train again"
         ) from error
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
-    if kind == "merged":
-        needed += size_of(Path(model_path(base)))
     check_space(output_dir, needed, "the export's files", "")
     console = Console()
     with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
-        family = load_family(base, pipeline=pipeline, resolution=info.resolution)
-    nets = ModelNetworks(family, guidance=Guidance(), loras=info.loras, rank=info.rank)
-    load_into(nets, adapter)  # whether it fits, before anything is written
+        family = load_family(
+            base, pipeline=pipeline, precision=precision, resolution=info.resolution
+        )
+    if kind == "merged":
+        needed += family.all_parameters * BYTES[precision] + SMALL_FILES
+        remedy = "" if precision == "bf16" else "pass --precision bf16 for half of it, "
+        check_space(output_dir, needed, "the export's files", remedy)
+    # Whether it fits, before anything is written.
+    load_into(ModelNetworks(family, guidance=Guidance(), loras=info.loras, rank=info.rank), adapter)
     name = adapter.resolve().parent.name or "shortft"
     output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
@@ -192,12 +210,16 @@ def export_command(
             notes.append("It acts at every timestep: use it like any LoRA.")
         elif measure:
             notes.append(
-                _loss_note(family, adapter, scratch, info, prompts_path, num_prompts, console)
+                _loss_note(
+                    family, adapter, scratch, info, prompts_path, num_prompts, batch_size, console
+                )
             )
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         if kind == "merged":
-            _write_merged(open_pipeline(base, pipeline), scratch, output_dir)
+            del family  # one copy of the model at a time
+            gc.collect()
+            _write_merged(open_pipeline(base, pipeline, precision), scratch, output_dir)
             notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
         else:
             notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
@@ -223,6 +245,7 @@ def _loss_note(
     info: AdapterInfo,
     prompts_path: Path | None,
     num_prompts: int,
+    batch_size: int,
     console: Any,
 ) -> str:
     listed = (
@@ -230,8 +253,10 @@ def _loss_note(
     )
     count = min(num_prompts, len(listed))
     prompts = [listed[i * len(listed) // count] for i in range(count)]
+    family.encode_ahead(prompts)  # the text encoders are not needed any more
     with console.status(f"measuring on {count} held-out prompts"):
-        return measure_loss(family, adapter, plain, info, prompts).text() + "."
+        loss = measure_loss(family, adapter, plain, info, prompts, batch_size=batch_size)
+    return loss.text() + "."
 
 
 def _write_loras(

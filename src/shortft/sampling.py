@@ -16,6 +16,8 @@ from shortft.plans import Plan, base_plan, inference_plan
 from shortft.schedule import Schedule, segments
 from shortft.shortcuts import Shortcut, find_shortcut
 
+DECODED_AT_ONCE = 1024 * 1024  # pixels: one picture of 1024 × 1024, 256 of 64 × 64
+
 
 @torch.no_grad()
 def generate(
@@ -34,8 +36,19 @@ def generate(
         rows = slice(start, start + batch_size)
         noise = family.noise(seeds[rows])
         latents = run_chain(plan, nets, noise, cond[rows], schedule)
-        images.append(family.decode(latents).float().cpu())
+        images.append(decode_few(family, latents).float().cpu())
     return torch.cat(images)
+
+
+@torch.no_grad()
+def decode_few(family: Family, latents: Tensor) -> Tensor:
+    """(B, 3, H, W) images in [0, 1] without gradient, few at a time.
+
+    A decoder's activations are larger than the denoiser's: in fp32, SDXL's takes several GB for a
+    picture of 1024 × 1024.
+    """
+    few = max(1, DECODED_AT_ONCE // family.resolution**2)
+    return torch.cat([family.decode(part) for part in latents.split(few)])
 
 
 def check_segments(schedule: Schedule, k: int) -> None:
@@ -107,6 +120,7 @@ def sample(
     strength: float,
     batch_size: int,
     pipeline: str | None = None,
+    precision: str = "fp32",
 ) -> None:
     """`shortft sample`: one picture per prompt; picture i has seed + i, as in diffusers."""
     from rich.console import Console
@@ -118,8 +132,9 @@ def sample(
     resolution = read_info(adapter).resolution if adapter is not None else None
     console = Console()
     with console.status(f"loading {model}"):
-        family = load_family(model, pipeline=pipeline, resolution=resolution)
+        family = load_family(model, pipeline=pipeline, precision=precision, resolution=resolution)
         nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
+        family.encode_ahead(prompts)  # the text encoders are not needed any more
     seeds = [seed + i for i in range(len(prompts))]
     with console.status(f"{len(prompts)} pictures, {plan.calls} steps each"):
         images = generate(

@@ -14,6 +14,7 @@ from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
 from shortft.plans import Plan, Step, base_plan
+from shortft.sampling import check_segments, decode_few
 from shortft.schedule import Schedule, jump, segments
 
 
@@ -110,7 +111,7 @@ def measure(
         run_chain(
             base_plan(schedule), walk, noise[rows], here, schedule, observe=states.__setitem__
         )
-        reference = family.decode(states[schedule.num_steps])
+        reference = decode_few(family, states[schedule.num_steps])
         for index, jumper in enumerate(jumpers):
             nets = Jumping(family, guidance, jumper)
             errors[index].append(
@@ -122,7 +123,7 @@ def measure(
                 end = run_chain(
                     jump_plan(schedule, k, first=first), nets, noise[rows], here, schedule
                 )
-                collected[index].append(psnr(family.decode(end), reference))
+                collected[index].append(psnr(decode_few(family, end), reference))
         if progress:
             progress()
     return [
@@ -186,6 +187,7 @@ def check_command(
     pipeline: str | None = None,
     resolution: int | None = None,
     precision: str = "fp32",
+    batch_size: int = 16,
 ) -> int:
     """Print the table of `shortft check`; 1 if the shortcut is no better than a DDIM jump."""
     from rich.console import Console
@@ -196,7 +198,6 @@ def check_command(
     from shortft.families import load_family
     from shortft.inputs import read_prompts
     from shortft.networks import SHORTCUT, activate, view
-    from shortft.sampling import check_segments
     from shortft.seeds import sample_seed
     from shortft.shortcuts import find_shortcut
 
@@ -221,6 +222,7 @@ def check_command(
         Jumper("plain DDIM jump", family.denoiser, Guidance()),
         Jumper("guided DDIM jump", family.denoiser, Guidance(scale)),
     ]
+    family.encode_ahead(prompts)  # the text encoders are not needed any more
     console = Console()
     with console.status(f"{num_steps}-step chains of {num_prompts} prompts"):
         measured = measure(
@@ -231,6 +233,7 @@ def check_command(
             family.encode(prompts),
             family.noise([sample_seed(seed, 0, i) for i in range(num_prompts)]),
             Guidance(scale),
+            batch_size=batch_size,
         )
     table = Table(title=f"{path.name} on {model}: {num_prompts} held-out prompts, seed {seed}")
     table.add_column("jump", no_wrap=True)

@@ -62,12 +62,17 @@ def load_family(
     return family
 
 
-def open_pipeline(model: str, pipeline: str | None = None) -> Any:
-    """A model's whole diffusers pipeline in fp32, for tools that save it; as `load_family`."""
+def open_pipeline(model: str, pipeline: str | None = None, precision: str = "fp32") -> Any:
+    """A model's whole diffusers pipeline, for tools that save it; as `load_family`.
+
+    Args:
+        precision: of all its weights, "fp32" or "bf16".
+    """
     import torch
 
     source, family_class = _find(model, pipeline)
-    return family_class.open(source, torch.float32, **family_class.load_options)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return family_class.open(source, dtype, **family_class.load_options)
 
 
 def _find(model: str, pipeline: str | None) -> tuple[Source, Any]:

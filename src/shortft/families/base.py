@@ -72,6 +72,7 @@ class Family(Protocol):
         device: where noise, conditioning and images lie.
         default_guidance_scale: where the user names none.
         resolution: height and width of the images in pixels.
+        all_parameters: how many numbers its networks hold, text encoders included.
         lora_targets: names of the attention and feed-forward layers, which reward LoRAs change.
         shortcut_targets: those and what a few-step LoRA changes besides.
     """
@@ -82,6 +83,7 @@ class Family(Protocol):
     device: torch.device
     default_guidance_scale: float
     resolution: int
+    all_parameters: int
     lora_targets: tuple[str, ...]
     shortcut_targets: tuple[str, ...]
 

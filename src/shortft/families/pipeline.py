@@ -66,6 +66,8 @@ class PipelineFamily:
         self.denoiser: nn.Module = getattr(pipeline, self.part)
         self.vae = pipeline.vae
         self.vae_dtype = self._vae_dtype()
+        networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self.all_parameters = sum(p.numel() for net in networks for p in net.parameters())
         self._scheduler_config = dict(pipeline.scheduler.config)
         self._scheduler_config["_class_name"] = type(pipeline.scheduler).__name__
         self._text: Any = pipeline
