@@ -75,7 +75,7 @@ class Distiller:
     Args:
         family: the model to imitate.
         guidance: the guidance of the chain to imitate.
-        cond: encoded prompts to draw from.
+        cond: encoded prompts to draw from; they may lie in main memory.
         rank: of the LoRA on attention, feed-forward, convolution, projection and time layers.
         student_guidance: how the shortcut itself runs. Unguided it costs one evaluation and must
             learn guidance too; with the chain's own it costs two and starts as a guided DDIM jump.
@@ -176,7 +176,9 @@ class Distiller:
         rows = self._rows(len(bank), batch_size)
         start, stop = bank.start[rows], bank.stop[rows]
         begin, end = bank.begin[rows], bank.end[rows]
-        landed = self._student_jump(self.student, begin, self.cond[bank.prompt[rows]], start, stop)
+        landed = self._student_jump(
+            self.student, begin, self._prompts(bank.prompt[rows]), start, stop
+        )
         return _distance(landed, end, (end - begin))
 
     def consistency_loss(self, images: Tensor, prompts: Tensor, batch_size: int) -> Tensor:
@@ -194,7 +196,7 @@ class Distiller:
         share = torch.rand(batch_size, generator=self._generator())
         # A target point in [n + 1, floor], drawn per sample.
         target = here + 1 + (share.to(device) * (floor - here)).long()
-        cond = self.cond[prompts[rows]]
+        cond = self._prompts(prompts[rows])
         x0 = images[rows]
         noise = torch.randn(x0.shape, generator=self._generator()).to(device)
         alpha, sigma = self._coefficients(here, x0)
@@ -295,7 +297,10 @@ class Distiller:
         rows = self._rows(len(self.cond), count)
         self._draws += 1
         seeds = [sample_seed(self.seed, 1, self._draws, i) for i in range(count)]
-        return rows, self.cond[rows], self.family.noise(seeds)
+        return rows, self._prompts(rows), self.family.noise(seeds)
+
+    def _prompts(self, rows: Tensor) -> Conditioning:
+        return self.cond[rows].to(self.family.device)
 
     def _rows(self, total: int, count: int) -> Tensor:
         return torch.randint(total, (count,), generator=self._generator())

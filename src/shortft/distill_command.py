@@ -139,7 +139,8 @@ def distill_command(
     guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
-    cond = family.encode(training)
+    family.encode_ahead([*training, *held_out])  # the text encoders are not needed any more
+    cond = family.encode(training).to("cpu")
     student_guidance = Guidance(shortcut_guidance_scale)
     distiller = Distiller(
         family,
@@ -162,7 +163,16 @@ def distill_command(
             Jumper("plain DDIM jump", family.denoiser, Guidance()),
             Jumper("guided DDIM jump", family.denoiser, guidance),
         ]
-        return measure(family, jumpers, schedule, segments, held_out_cond, noise, guidance)
+        return measure(
+            family,
+            jumpers,
+            schedule,
+            segments,
+            held_out_cond,
+            noise,
+            guidance,
+            batch_size=batch_size,
+        )
 
     distill(
         distiller,
@@ -174,6 +184,7 @@ def distill_command(
         report=console.print,
         save=lambda: distiller.save(output),
         fidelity=fidelity,
+        sample_batch=min(64, 2 * batch_size),  # without gradient there is room for more
     )
     card: dict[str, Any] = {
         "model": model,
