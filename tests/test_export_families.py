@@ -22,6 +22,7 @@ from shortft.networks import ModelNetworks
 from shortft.plans import inference_plan
 from shortft.quiet import quiet
 from shortft.sampling import generate, load_tuned
+from test_chain import make_shortcut
 from tiny import randomise_loras, tiny_pipeline
 from tiny_families import tiny
 
@@ -43,17 +44,39 @@ def drawn(pipe: Any) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux2"])
-def test_round_trip(tmp_path: Path, name: str):
-    model = tmp_path / "model"
+def fresh(name: str) -> Any:
+    return tiny_pipeline() if name == "sd" else tiny(name)
 
-    def fresh() -> Any:
-        return tiny_pipeline() if name == "sd" else tiny(name)
 
+def saved(name: str, model: Path) -> Path:
+    """A tiny model in diffusers' layout, with pictures of 16 × 16."""
     with quiet():
-        fresh().save_pretrained(model)
+        fresh(name).save_pretrained(model)
     if "flux" in name:
         (model / "shortft.json").write_text(json.dumps({"resolution": 16}))
+    return model
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2"])
+def test_check_runs(tmp_path: Path, name: str):
+    model = saved(name, tmp_path / "model")
+    lora = make_shortcut(load_family(str(model), device="cpu"), tmp_path / "s.safetensors")
+    figures = tmp_path / "check.json"
+    options = ["--model", str(model), "--shortcut", str(lora), "--output", str(figures)]
+    options += ["--num-prompts", "3", "--batch-size", "2", "--num-steps", "12", "--segments", "3"]
+    assert main(["check", *options]) in (0, 1)
+    found = json.loads(figures.read_text())
+    assert [f["name"] for f in found] == ["shortcut", "plain DDIM jump", "guided DDIM jump"]
+    assert found[2]["evaluations"] == (1 if name == "flux" else 2)
+    for f in found:
+        assert len(f["jump_error"]) == 3
+        assert all(0 < error < 100 for error in f["jump_error"])
+        assert 0 < f["chain_psnr"] < 100
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux2"])
+def test_round_trip(tmp_path: Path, name: str):
+    model = saved(name, tmp_path / "model")
     family = load_family(str(model), device="cpu")
     nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
     randomise_loras(nets, 0.3)
@@ -85,15 +108,15 @@ def test_round_trip(tmp_path: Path, name: str):
         command = ["export", "--adapter", str(adapter), "--format", kind, "--no-measure"]
         assert main([*command, "--output-dir", str(folder)]) == 0
         assert str(tmp_path) not in (folder / "README.md").read_text()
-    base, scheduled, plain = drawn(fresh()), ours(adapter), ours(tmp_path / "plain")
+    base, scheduled, plain = drawn(fresh(name)), ours(adapter), ours(tmp_path / "plain")
     assert min(float((x - base).abs().max()) for x in (scheduled, plain)) > 1e-2
     assert (scheduled - plain).abs().max() > 1e-3
 
-    pipe = fresh()
+    pipe = fresh(name)
     load_adapter(pipe, out["diffusers"])
     torch.testing.assert_close(drawn(pipe), scheduled, atol=1e-5, rtol=0)
     for kind, file in (("diffusers", "plain.safetensors"), ("kohya", "run-plain.safetensors")):
-        pipe = fresh()
+        pipe = fresh(name)
         with quiet():
             pipe.load_lora_weights(out[kind], weight_name=file)
         torch.testing.assert_close(drawn(pipe), plain, atol=1e-5, rtol=0)
