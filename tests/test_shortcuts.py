@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -36,7 +37,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str,
 def test_published_ones_run_as_their_authors_say(hub, name: str, tmp_path: Path):
     wanted = PUBLISHED[name]
     found = find_shortcut("some/model", name, wanted.steps or 5)
-    assert hub == [(wanted.repo, wanted.file, None)]
+    assert hub == [(wanted.repo, wanted.file, wanted.revision)]
     assert (found.guidance_scale, found.scale) == (wanted.guidance_scale, wanted.scale)
     guided = any(word in wanted.file for word in ("CFG", "FLUX", "normalcfg"))
     assert guided == (found.guidance_scale > 1)
@@ -66,6 +67,16 @@ def test_any_file_on_the_hub(hub):
     find_shortcut("some/model", "owner/name/sub/x.safetensors@v1", 4)
     assert hub == [("owner/name", "sub/x.safetensors", "v1")]
     assert check_shortcut("--shortcut", "owner/name/x.safetensors")
+
+
+def test_a_published_one_at_a_revision(hub, monkeypatch: pytest.MonkeyPatch):
+    """Its own where it has one; the user's wins."""
+    known = replace(PUBLISHED["hyper-sd15-4"], revision="abc")
+    monkeypatch.setitem(PUBLISHED, "hyper-sd15-4", known)
+    find_shortcut("some/model", "hyper-sd15-4", 4)
+    find_shortcut("some/model", f"{known.repo}/{known.file}@v2", 4)
+    find_shortcut("some/model", f"{known.repo}/{known.file}", 4)
+    assert [revision for *_, revision in hub] == ["abc", "v2", None]
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch):

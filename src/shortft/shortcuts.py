@@ -29,6 +29,7 @@ class Published:
             between any two times, so that any number will do.
         guidance_scale: what it runs with; 1 is unguided.
         scale: of the LoRA.
+        revision: commit of the repository; None for its newest.
     """
 
     repo: str
@@ -36,6 +37,7 @@ class Published:
     steps: int | None
     guidance_scale: float = 1.0
     scale: float = 1.0
+    revision: str | None = None
 
 
 HYPER, PCM, TCD = "ByteDance/Hyper-SD", "wangfuyun/PCM_Weights", "h1t/TCD-{}-LoRA"
@@ -133,7 +135,8 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
     known = check_fits(model, name, segments)
     on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
     if name in PUBLISHED:
-        path = fetch(name, PUBLISHED[name].repo, PUBLISHED[name].file, None)
+        published = PUBLISHED[name]
+        path = fetch(name, published.repo, published.file, published.revision)
     elif on_hub:
         path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
     elif name != "auto":
