@@ -70,6 +70,21 @@ def test_commands_are_understood(
             _config(context.params["config_file"], given)
 
 
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "sd3", "flux"])
+def test_large_models_are_run_in_bf16_few_at_a_time(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / f"align-{model}.md"
+    shown = [found for found in lines(page.read_text(encoding="utf-8")) if found[0] != "train"]
+    assert {"evaluate", "export"} <= {name for name, *_ in shown}
+    for name, *rest in shown:
+        make_files(rest)
+        params = COMMANDS[name].make_context(name, rest).params
+        assert params["precision"] == "bf16", (name, rest)
+        assert params["batch_size"] <= (16 if model == "sd15" else 4), (name, rest)
+
+
 def test_a_wrong_option_is_found() -> None:
     (arguments,) = lines("```sh\nshortft train emoji --rnk 3  # no\n```")
     with pytest.raises(Exception, match="rnk"):
