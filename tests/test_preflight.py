@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +25,8 @@ from shortft.preflight.places import configurations, needed
 from shortft.quiet import quiet
 from shortft.recipes import MEMORY_GB, recipe, recipe_names
 from shortft.trainer import Trainer
+from test_bad_input import lora_of
+from test_lora_files import FAMILIES
 from tiny_families import tiny
 
 GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
@@ -111,6 +119,7 @@ def test_every_recipe_has_its_memory_listed():
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Downloads allowed (none is made), an empty cache, a GPU of 24 GB."""
     monkeypatch.setattr(machine, "hub_is_off", lambda: False)
+    monkeypatch.setattr(machine, "hub_answers", lambda: True)
     monkeypatch.setattr(machine, "hub_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(machine, "devices", lambda: [GPU_24])
     monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e13)
@@ -151,6 +160,8 @@ def test_one_clear_line_where_something_stands_in_the_way(
     assert "pass --resume" in error("--output-dir", "run")
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**9)
     assert "downloads take" in error()
+    monkeypatch.setattr(machine, "hub_answers", lambda: False)
+    assert "does not answer; check the network" in error()
     monkeypatch.setattr(machine, "hub_is_off", lambda: True)
     assert "HF_HUB_OFFLINE" in error()
 
@@ -159,6 +170,129 @@ def test_a_model_of_unknown_size_is_said_to_be_so(online: Path, capsys: pytest.C
     options = ["--model", "owner/other", "--shortcut", "none", "--reward", "symmetry"]
     assert main(["train", *options, "--dry-run"]) == 0
     assert "not estimated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["model", "shortcut", "reward hpsv2"])
+def test_damaged_local_files_stand_in_the_way(
+    damage: str,
+    model: Path,
+    shortcut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e13)
+    place = shutil.copytree(model, tmp_path / "model")
+    hps = tmp_path / "HPS_v2_compressed.pt"
+    torch.save({"a": torch.ones(1)}, hps)
+    options = ["--model", str(place), "--shortcut", str(shortcut), "--num-steps", "8"]
+    options += ["--reward", "symmetry+hpsv2~0.5", "--reward-model", f"hpsv2={hps}"]
+    options += ["--output-dir", str(tmp_path / "run")]
+    assert main(["train", *options, "--dry-run"]) == 0
+    assert "Nothing stands in the way" in capsys.readouterr().err
+    if damage == "model":
+        file = place / "unet" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "reward hpsv2":
+        hps.write_bytes(hps.read_bytes()[:-100])
+    else:
+        options[3] = str(lora_of(FAMILIES["sdxl"](), tmp_path / "sdxl.safetensors"))
+    assert main(["train", *options, "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert "Nothing stands in the way" not in shown
+    assert re.search(rf"^ *no +{damage} ", shown, re.MULTILINE)
+    assert shown.splitlines()[-1].startswith("error: ")
+
+
+def test_members_of_an_ensemble_are_counted(online: Path):
+    config = load_config(None, recipe("sd15-hps"))
+    ensemble = config.model_copy(update={"reward": "pickscore+hpsv2~0.5", "held_out": None})
+    mix = config.model_copy(update={"reward": "pickscore,hpsv2", "held_out": None})
+    assert needed(ensemble) == needed(mix)
+    assert {"reward pickscore", "reward hpsv2"} <= {place.role for place in needed(ensemble)}
+    folder = configurations(config.model)
+    assert folder is not None
+    counted = [estimate(c, folder, gpu=True, speed=1e12) for c in (ensemble, mix)]
+    assert counted[0].parts == counted[1].parts
+    assert counted[0].parts["rewards"] > 0
+
+
+def test_downloads_and_checkpoints_on_one_disk_are_added(
+    online: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_config(None, recipe("sd15-hps-24gb"))
+    folder = configurations(config.model)
+    assert folder is not None
+    found = estimate(config, folder, gpu=True, speed=1e12)
+    downloads = dry_run.download_bytes(config)
+    assert downloads > 6e9
+    for free, fits in ((found.disk + downloads, True), (found.disk + downloads - 1, False)):
+        monkeypatch.setattr(machine, "free_disk", lambda path, free=free: free)
+        assert all(check.problem is None for check in dry_run.check_places(config))
+        problem = dry_run.check_disk(config, found).problem
+        assert problem is None if fits else "checkpoints and adapters with the downloads" in problem
+    monkeypatch.setattr(machine, "same_disk", lambda first, second: False)
+    assert dry_run.check_disk(config, found).problem is None
+
+
+def test_a_shortcut_that_the_method_does_not_use_is_said_to_be_so(shortcut: Path):
+    config = load_config(None, {**recipe("emoji"), "shortcut": str(shortcut)})
+    (said,) = [check for check in dry_run.check_places(config) if check.what == "shortcut"]
+    assert "is not used: --method thinned" in said.found
+    assert said.problem is None
+    usual = dry_run.check_places(load_config(None, recipe("emoji")))
+    assert all(check.what != "shortcut" for check in usual)
+
+
+def test_whether_the_hub_answers(monkeypatch: pytest.MonkeyPatch):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+        assert machine.hub_answers()
+        server.shutdown()
+    assert not machine.hub_answers()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "nonsense")
+    assert not machine.hub_answers()
+
+
+def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """As CUDA tells it, with what others hold left out."""
+    cuda = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda index: "a GPU",
+        "get_device_properties": lambda index: SimpleNamespace(total_memory=80 * 10**9),
+        "mem_get_info": lambda index: (1 * 10**9, 80 * 10**9),
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    (device,) = machine.devices()
+    assert device.free == 10**9
+    config = load_config(None, recipe("emoji"))
+    found = estimate(config, asset("emoji"), gpu=True, speed=1e9)
+    check = dry_run.check_memory(config, found, device)
+    assert "1.0 GB free now" in check.found
+    assert "a GPU 1.0 GB are free; end what else runs there" in (check.problem or "")
+    roomy = replace(device, free=79 * 10**9)
+    assert dry_run.check_memory(config, found, roomy).problem is None
+
+    def taken(index: int) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", taken)
+    (device,) = machine.devices()
+    assert device.free is None
+    assert dry_run.check_memory(config, found, device).problem is None
 
 
 def test_places_of_a_local_model_need_no_download(model: Path, shortcut: Path):

@@ -15,7 +15,9 @@ from shortft.inputs import read_prompts
 from shortft.methods import METHODS
 from shortft.preflight import machine
 from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
+from shortft.preflight.files import problems
 from shortft.preflight.places import configurations, needed
+from shortft.redact import without_login
 from shortft.schedule import segments
 from shortft.shortcuts import check_fits
 
@@ -61,31 +63,51 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
 
 
 def check_places(config: Config) -> list[Check]:
-    """The model, decoder, shortcut and rewards: on this machine, or to be downloaded."""
+    """The model, decoder, shortcut and rewards: whole on this machine, or to be downloaded."""
+    checks = []
     if METHODS[config.method].uses_segments:
         check_fits(config.model, config.shortcut, config.segments)
-    checks, missing = [], 0.0
-    for place in needed(config):
-        text = f"{place.name}, on this machine"
-        problem = None
+    elif config.shortcut not in ("auto", "none"):
+        text = f"{config.shortcut}, is not used: --method {config.method} makes no jumps by one"
+        checks.append(Check("shortcut", text))
+    wrong = {role: str(error) for role, error in problems(config)}
+    places = needed(config)
+    away = hub_problem() if any(place.download_gb for place in places) else None
+    for place in places:
+        text, problem = f"{place.name}, on this machine", wrong.get(place.role)
         if place.download_gb:
-            missing += place.download_gb
             text = f"{place.name}, to be downloaded, about {place.download_gb:.2g} GB"
-            if machine.hub_is_off():
-                problem = (
-                    f"{place.name} ({place.role}): not in the hub's cache, and HF_HUB_OFFLINE "
-                    "forbids downloads; unset it, or give a local copy"
-                )
+            if away is not None:
+                problem = f"{place.name} ({place.role}): not in the hub's cache, and {away}"
         checks.append(Check(place.role, text, problem))
+    missing = download_bytes(config)
     if missing:
         free = machine.free_disk(machine.hub_cache())
-        text = f"{missing:.3g} GB to download, {memory_text(free)} free in {machine.hub_cache()}"
+        amount = f"{missing / GB:.3g} GB"
+        text = f"{amount} to download, {memory_text(free)} free in {machine.hub_cache()}"
         full = (
-            f"{machine.hub_cache()}: {memory_text(free)} free, but downloads take about "
-            f"{missing:.3g} GB; free some space, or set HF_HOME to another disk"
+            f"{machine.hub_cache()}: {memory_text(free)} free, but downloads take about {amount}; "
+            "free some space, or set HF_HOME to another disk"
         )
-        checks.append(Check("downloads", text, full if free < missing * GB else None))
+        checks.append(Check("downloads", text, full if free < missing else None))
     return checks
+
+
+def download_bytes(config: Config) -> int:
+    """What is still to be downloaded, about."""
+    return int(sum(place.download_gb for place in needed(config)) * GB)
+
+
+def hub_problem() -> str | None:
+    """Why nothing can be downloaded, and what to do; None where it can."""
+    from huggingface_hub import constants
+
+    if machine.hub_is_off():
+        return "HF_HUB_OFFLINE forbids downloads; unset it, or give a local copy"
+    if not machine.hub_answers():
+        host = without_login(constants.ENDPOINT)
+        return f"{host} does not answer; check the network, or give a local copy"
+    return None
 
 
 def check_prompts(config: Config) -> Check:
@@ -114,11 +136,21 @@ def check_memory(config: Config, found: Estimate, device: machine.Device) -> Che
         f"about {memory_text(found.peak)} of {memory_text(device.total)} ({device.name}), "
         f"{config.precision}"
     )
+    if device.free is not None:
+        text += f"; {memory_text(device.free)} free now"
     if config.precision == "bf16" and not device.bf16:
         problem = f"--precision bf16: {device.name} does not compute in it; give --precision fp32"
         return Check("memory", text, problem)
     if found.peak <= device.total:
-        return Check("memory", text)
+        if device.free is None or found.peak <= device.free:
+            return Check("memory", text)
+        return Check(
+            "memory",
+            text,
+            f"--model {config.model}: the run takes about {memory_text(found.peak)}, of "
+            f"{device.name} {memory_text(device.free)} are free; end what else runs there "
+            f"(nvidia-smi lists it), or {advice(config)}",
+        )
     largest = max(found.parts, key=lambda name: found.parts[name])
     return Check(
         "memory",
@@ -150,19 +182,22 @@ def advice(config: Config) -> str:
 
 
 def check_disk(config: Config, found: Estimate) -> Check:
-    # Weights and two moments of a checkpoint, of 16 bytes per LoRA number in memory.
-    size = found.parts["LoRAs, gradients, optimizer"] * 12 // 16
-    needed_bytes = size * (config.keep_checkpoints + 1)
+    """Checkpoints and adapters, with the downloads where they go to the same disk."""
+    needed_bytes, what = found.disk, "checkpoints and adapters"
+    downloads = download_bytes(config)
+    if downloads and machine.same_disk(machine.hub_cache(), config.output_dir):
+        needed_bytes += downloads
+        what += " with the downloads"
     free = machine.free_disk(config.output_dir)
-    text = f"checkpoints take {memory_text(needed_bytes)}, {memory_text(free)} free"
+    text = f"{what} take {memory_text(needed_bytes)}, {memory_text(free)} free"
     if free >= needed_bytes:
         return Check("disk", text)
     return Check(
         "disk",
         text,
-        f"--output-dir {config.output_dir}: {memory_text(free)} free, but the run's checkpoints "
-        f"take {memory_text(needed_bytes)}; free some space, lower --keep-checkpoints, or name "
-        "another directory",
+        f"--output-dir {config.output_dir}: {memory_text(free)} free, but the run's {what} take "
+        f"{memory_text(needed_bytes)}; free some space, lower --keep-checkpoints, or name another "
+        "directory",
     )
 
 

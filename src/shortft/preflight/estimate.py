@@ -1,4 +1,4 @@
-"""Memory and time of a run, counted on an empty copy of its networks. Nothing is loaded."""
+"""Memory, time and disk of a run, counted on an empty copy of its networks. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from shortft.preflight.outline import (
     blank_prompt,
     empty_family,
     encoder_parameters,
+    outline,
     parameters,
 )
 from shortft.preflight.places import specs
-from shortft.rewards.spec import parse_reward_spec
+from shortft.rewards.spec import scorers
 from shortft.schedule import Schedule
 from shortft.seeds import generator
+from shortft.space import check_space, size_of
 
 # Parameters in millions, and GB of activations per picture, of reward models in fp32, which is how
 # training runs them, counted on empty models of the same configuration (ImageReward: about).
@@ -53,6 +55,7 @@ class Estimate:
     Attributes:
         parts: bytes by what they are, at the peak of training.
         encoding: bytes while prompts are encoded ahead, text encoders included.
+        disk: bytes that the run will write.
         cost: seconds and bytes of single calls.
         stages: the plan of each stage.
         schedule: of the chain.
@@ -61,6 +64,7 @@ class Estimate:
 
     parts: dict[str, int]
     encoding: int
+    disk: int
     cost: Cost
     stages: list[Plan]
     schedule: Schedule
@@ -105,9 +109,6 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         )
         for stage in range(1, (config.segments if by_segment else 1) + 1)
     ]
-    placement = placement_of(
-        config.method, config.method_options, timestep_lora=config.timestep_lora
-    )
     scale = config.guidance_scale
     guidance = Guidance(
         family.default_guidance_scale if scale is None else scale, config.guidance_grad
@@ -116,13 +117,11 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     models = [
         REWARD_MODELS[name]
         for spec in specs(config)
-        for name, _ in parse_reward_spec(spec)
+        for name in sorted(scorers(spec))
         if name in REWARD_MODELS and (name != "clip" or config.reward_model)  # else it is tiny
     ]
-    adapted = lora_layers(family)
-    per_lora = sum(config.rank * (layer.in_features + layer.out_features) for layer in adapted)
-    loras = per_lora * (config.segments if placement in ("stacked", "segments") else 1)
-    call, picture = _counted(family, adapted, guidance)
+    numbers = lora_numbers(config, family)
+    call, picture = _counted(family, lora_layers(family), guidance)
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
     cost = Cost(
         forward=call.operations * micro / speed,
@@ -143,13 +142,14 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         "text encoders": 0 if config.encode_ahead else encoders,
         "rewards": 0 if gpu and config.reward_device else scored_by,
         # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
-        "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * loras,
+        "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * numbers,
         "activations": max(
             cost.activation_bytes(plan, recompute=config.recompute) for plan in stages
         ),
     }
     encoding = weights + parts["latent decoder"] + encoders
-    return Estimate(parts, encoding, cost, stages, schedule, speed)
+    disk = disk_bytes(config, numbers)
+    return Estimate(parts, encoding, disk, cost, stages, schedule, speed)
 
 
 class Counted(NamedTuple):
@@ -167,6 +167,44 @@ def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
         for name, layer in family.denoiser.named_modules()
         if isinstance(layer, nn.Linear) and f".{name}".endswith(ends)
     ]
+
+
+def lora_numbers(config: Config, family: PipelineFamily) -> int:
+    """Numbers in all reward LoRAs of a run."""
+    placement = placement_of(
+        config.method, config.method_options, timestep_lora=config.timestep_lora
+    )
+    sides = sum(layer.in_features + layer.out_features for layer in lora_layers(family))
+    loras = config.segments if placement in ("stacked", "segments") else 1
+    return config.rank * sides * loras
+
+
+def disk_bytes(config: Config, numbers: int) -> int:
+    """What a run will write beside the checkpoints and adapters that are there.
+
+    Args:
+        numbers: see `lora_numbers`.
+    """
+    watched = bool(config.sample_every or config.sample_times)
+    # Weights, two moments, an average and the best weights, in fp32.
+    checkpoint = 4 * numbers * (3 + bool(config.ema) + watched)
+    # One more than is kept, while it is written; two adapters, of which one twice.
+    whole = checkpoint * (config.keep_checkpoints + 1) + 3 * 4 * numbers
+    there = sum(size_of(config.output_dir / name) for name in ("checkpoints", "adapter", "best"))
+    return max(whole - there, checkpoint)
+
+
+def check_room(config: Config) -> None:
+    """Whether a run's checkpoints and adapters fit on the disk, where the model's size is known.
+
+    Raises:
+        UserError: if not.
+    """
+    family = outline(config)
+    if family is not None:
+        needed = disk_bytes(config, lora_numbers(config, family))
+        what = "the run's checkpoints and adapters"
+        check_space(config.output_dir, needed, what, "lower --keep-checkpoints, ")
 
 
 def _counted(

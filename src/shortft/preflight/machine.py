@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+HUB_SECONDS = 3  # to wait for the hub
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,14 @@ class Device:
         name: of the device.
         total: bytes of memory.
         bf16: whether it computes in bf16.
+        free: bytes of memory that nothing else holds now; None where that cannot be told.
     """
 
     kind: str
     name: str
     total: int
     bf16: bool
+    free: int | None = None
 
 
 def devices() -> list[Device]:
@@ -32,7 +38,7 @@ def devices() -> list[Device]:
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported()
         return [
-            Device("cuda", torch.cuda.get_device_name(i), _gpu_bytes(i), bf16)
+            Device("cuda", torch.cuda.get_device_name(i), _gpu_bytes(i), bf16, _free_gpu_bytes(i))
             for i in range(torch.cuda.device_count())
         ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -52,8 +58,12 @@ def main_memory() -> int:
 
 def free_disk(path: Path) -> int:
     """Free bytes where `path` is or would be made."""
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def same_disk(first: Path, second: Path) -> bool:
+    """Whether two paths are, or would be made, on one disk."""
+    return _existing(first).stat().st_dev == _existing(second).stat().st_dev
 
 
 def hub_cache() -> Path:
@@ -70,5 +80,30 @@ def hub_is_off() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def hub_answers() -> bool:
+    """Whether the hub answers within a few seconds, if with an error."""
+    from huggingface_hub import constants
+
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def _gpu_bytes(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).total_memory)
+
+
+def _free_gpu_bytes(index: int) -> int | None:
+    try:
+        return int(torch.cuda.mem_get_info(index)[0])
+    except RuntimeError:  # a device that another process has for itself
+        return None

@@ -14,10 +14,12 @@ import transformers
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families import FAMILIES
 from shortft.families.base import Conditioning
 from shortft.families.pipeline import PipelineFamily
+from shortft.preflight.places import configurations
 from shortft.quiet import quiet
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -96,6 +98,19 @@ def empty_family(
         ) from None
     if not gpu and family.part == "unet":
         family.denoiser.set_attn_processor(AttnProcessor())
+    return family
+
+
+def outline(config: Config) -> Any:
+    """The empty family of a run's model, or None: not known here, or loading will say why not."""
+    folder = configurations(config.pipeline or config.model)
+    if folder is None:
+        return None
+    try:
+        family = empty_family(folder)
+    except UserError:
+        return None
+    family.source = config.model
     return family
 
 

@@ -14,7 +14,7 @@ from shortft.config import Config
 from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
 from shortft.rewards.places import BERT, CLIP_L, COMPANIONS, FILES, VIT_H, reward_places
-from shortft.rewards.spec import parse_reward_spec
+from shortft.rewards.spec import scorers
 from shortft.shortcuts import BASE_JUMPS, PUBLISHED
 
 # Hub id → outline of the released model (see tools/outlines.py), and GB that a download takes:
@@ -63,7 +63,7 @@ def needed(config: Config) -> list[Place]:
         places.append(Place("decoder", config.decoder, _missing(config.decoder, SMALL_GB)))
     if METHODS[config.method].uses_segments:
         places.append(Place("shortcut", config.shortcut, _shortcut_gb(config.shortcut)))
-    names = {name for spec in specs(config) for name, _ in parse_reward_spec(spec)}
+    names = {name for spec in specs(config) for name in scorers(spec)}
     for name, place in reward_places(names, config.reward_model).items():
         files = [FILES.get(name, "model.safetensors")]
         gb = REWARD_GB.get(name, 1.0)
