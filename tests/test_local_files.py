@@ -163,7 +163,6 @@ PICKLES = {
     "cut": (cut, "is damaged or incomplete"),
     "overwritten": (overwritten, "does not hold weights alone"),
     "compressed": (compressed, "is a compressed archive"),
-    "a list": (lambda file: torch.save([torch.ones(1)], file), "holds a list, not weights"),
 }
 
 

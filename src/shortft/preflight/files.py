@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -135,20 +134,18 @@ def _check_reward(place: Place) -> None:
         _check_weights(str(place), Path(place.source), TRANSFORMER)
         return
     path = find_file(place, FILES[place.reward])
-    if place.sha256 is not None or not _holds_weights_alone(path):
+    if place.sha256 is not None or not _surely_without_code(path):
         read_weights(place, path.name)  # all of it, and tells what is wrong
     if place.reward == "aesthetic" and (path.parent / "config.json").is_file():
         _check_weights(str(place), path.parent, TRANSFORMER)  # its CLIP
 
 
-def _holds_weights_alone(path: Path) -> bool:
-    """Whether a pickle is surely fine, without reading its tensors."""
+def _surely_without_code(path: Path) -> bool:
+    """Whether a pickle is whole and names no code, without reading its tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            return False  # may swell without end
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # older layouts, damage and code: the whole look tells them apart
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return False  # may swell without end
+        return not torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # older layouts and damage: reading tells them apart
         return False
-    return isinstance(content, dict)
