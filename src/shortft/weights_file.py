@@ -7,20 +7,20 @@ from pathlib import Path
 
 from shortft.errors import UserError
 
-# safetensors allows 100 MB, which take seconds and gigabytes to parse. A LoRA of thousands of
-# tensors has less than 1 MB, and trainers' own notes on top take a few.
+# safetensors allows 100 MB, which take seconds and gigabytes to parse. A LoRA or model of thousands
+# of tensors has less than 1 MB, and trainers' own notes on top take a few.
 MAX_HEADER = 20_000_000
 
 
 def check_weights_file(name: str, path: Path, remedy: str) -> None:
-    """Whether a LoRA's file is whole safetensors: its header, and as many bytes as that says.
+    """Whether a file of weights is whole safetensors: its header, and as many bytes as that says.
 
     Args:
         name: how the message names it.
         remedy: the message's end.
 
     Raises:
-        UserError: if it is cut off, something else, cannot be read, or has a header that no LoRA
+        UserError: if it is cut off, something else, cannot be read, or has a header that no model
             needs.
     """
     try:
@@ -29,7 +29,7 @@ def check_weights_file(name: str, path: Path, remedy: str) -> None:
             length = int.from_bytes(file.read(8), "little")
             if MAX_HEADER < length <= size:
                 raise UserError(
-                    f"{name}: has a header of {length:,} bytes, which no LoRA needs (at most "
+                    f"{name}: has a header of {length:,} bytes, which no model needs (at most "
                     f"{MAX_HEADER:,} are read); {remedy}"
                 )
             header = file.read(length) if length <= size else b""
