@@ -68,7 +68,7 @@ def check_places(config: Config) -> list[Check]:
     if METHODS[config.method].uses_segments:
         check_fits(config.model, config.shortcut, config.segments)
     elif config.shortcut not in ("auto", "none"):
-        text = f"{config.shortcut}, is not used: --method {config.method} makes no jumps by one"
+        text = f"{config.shortcut}, not used: --method {config.method} makes no jumps by one"
         checks.append(Check("shortcut", text))
     wrong = {role: str(error) for role, error in problems(config)}
     places = needed(config)
