@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from shortft import checkpoint
 from shortft.checkpoint import load_latest, save_checkpoint
 from shortft.errors import UserError
 
@@ -50,6 +53,50 @@ def test_an_unfinished_folder_is_never_a_checkpoint(tmp_path: Path):
     save(tmp_path, 1)
     (tmp_path / ".update-000002.123").mkdir()
     assert load_latest(tmp_path)[0].state["update"] == 1
+
+
+def test_what_was_written_last_wins_over_what_a_crash_left_hidden(tmp_path: Path):
+    old = save(tmp_path, 2)
+    (old / "state.json").rename(old / "kept.json")
+    old.rename(tmp_path / ".old-update-000002")
+    save(tmp_path, 2)
+    hidden = tmp_path / ".old-update-000002"
+    save(tmp_path / "other", 2).rename(hidden)
+    assert load_latest(tmp_path)[0].path.name == "update-000002"
+    shutil.rmtree(tmp_path / "update-000002")
+    assert load_latest(tmp_path)[0].path == hidden
+
+
+def test_a_million_updates_come_after_the_others(tmp_path: Path):
+    for update in (999_998, 999_999, 1_000_000):
+        save(tmp_path, update)
+    assert load_latest(tmp_path)[0].state["update"] == 1_000_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["update-1000000", "update-999999"]
+
+
+def test_what_a_crash_left_makes_room_before_the_next_one(tmp_path: Path, monkeypatch):
+    left = tmp_path / ".update-000001.99"
+    left.mkdir()
+    written = checkpoint._write_synced
+
+    def watched(path: Path, data: bytes) -> None:
+        assert not left.exists()
+        written(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", watched)
+    save(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/hostname", "pipe"])
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path: Path, name: str):
+    save(tmp_path, 1)
+    broken = save(tmp_path, 2)
+    os.mkfifo(broken / "pipe")  # reading it would wait for ever
+    sums = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps({**sums, name: "0" * 64}))
+    saved, notes = load_latest(tmp_path)
+    assert saved.state["update"] == 1
+    assert "is no file of it" in notes[0]
 
 
 def test_none_is_an_error_not_a_new_run(tmp_path: Path):

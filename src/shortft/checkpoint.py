@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: safetensors and JSON, verified before they are used.
 
 A checkpoint is written into a temporary folder, every file synced, a SHA-256 manifest last; then
-the folder is renamed, and only after that are old ones deleted.
+the folder is renamed, its parent synced, and only after that are old ones deleted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep` and what crashes left behind.
+    """Write a checkpoint, then delete all but the newest `keep`; first, what crashes left behind.
+
+    One run at a time may write there (`lock.only_one`).
 
     Raises:
         UserError: if the disk refuses; what was there before stays.
@@ -75,19 +77,22 @@ def save_checkpoint(
     files[MANIFEST] = manifest_of(files)
     aside: list[tuple[Path, Path]] = []
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not root.exists():
+            root.mkdir(parents=True)
+            sync_folder(root.parent)
+        for left in root.glob(".update-*"):  # they may be what fills the disk
+            shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir()
         for name, data in files.items():
             _write_synced(scratch / name, data)
-        _sync_folder(scratch)
+        sync_folder(scratch)
         # Later ones were passed over as damaged when this run went back to before them.
-        for path in [path for path in _all(root) if path.name >= final.name]:
+        for path in [path for path in _all(root) if _number(path) >= update]:
             hidden = root / f"{ASIDE}{path.name}"
             shutil.rmtree(hidden, ignore_errors=True)
             aside.append((path, path.rename(hidden)))
         scratch.rename(final)
-        _sync_folder(root)
+        sync_folder(root)
     except OSError as error:
         if not final.exists():
             for path, hidden in aside:
@@ -98,7 +103,7 @@ def save_checkpoint(
             f"{final}: cannot be written ({error.strerror or error}); the checkpoint before it is "
             "whole: make room or mend the disk, then go on by --resume"
         ) from error
-    for old in (*_all(root)[keep:], *root.glob(".update-*"), *root.glob(f"{ASIDE}*")):
+    for old in (*_all(root)[keep:], *root.glob(f"{ASIDE}*")):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -119,17 +124,16 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
         UserError: if there is none.
     """
     problems: list[str] = []
-    # A crash between two renames leaves the newest one hidden.
-    hidden = root.glob(f"{ASIDE}update-*")
-    newest_first = sorted([*_all(root), *hidden], key=lambda path: path.name.removeprefix(ASIDE))
-    for path in reversed(newest_first):
+    # A crash between two renames leaves the newest one hidden; one that was written since is newer.
+    found = [*_all(root), *root.glob(f"{ASIDE}update-*")]
+    for path in sorted(found, key=lambda p: (_number(p), p.name[0] != "."), reverse=True):
         try:
             return _read(path), problems
         except DAMAGED as error:
             problems.append(f"{path}: damaged ({error}); using the one before it")
-    found = f" ({problems[0]})" if problems else ""
+    why = f" ({problems[0]})" if problems else ""
     raise UserError(
-        f"--resume: no usable checkpoint in {root}{found}; start without --resume, or name the "
+        f"--resume: no usable checkpoint in {root}{why}; start without --resume, or name the "
         "run's folder by --output-dir"
     )
 
@@ -143,6 +147,8 @@ def _read(path: Path) -> Checkpoint:
     written = (path / MANIFEST).read_bytes()
     files = {}
     for name, digest in json.loads(written).items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise ValueError(f"{name} is no file of it")
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{name} does not match its checksum")
@@ -162,7 +168,13 @@ def _read(path: Path) -> Checkpoint:
 
 def _all(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted(root.glob("update-*"), reverse=True)
+    return sorted(root.glob("update-*"), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    """The update that a folder's name tells; -1 for a name that no run gave."""
+    digits = path.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -172,7 +184,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

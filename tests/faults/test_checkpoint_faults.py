@@ -26,11 +26,29 @@ def save(root: Path, update: int) -> Path:
     return save_checkpoint(root, update, tensors, {"update": update, "seconds": 0.5}, keep=2)
 
 
-class Countdown:
-    """Lets so many file operations pass, then fails every further one."""
+class Written:
+    """A file whose writing and flushing go through a countdown."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed: int, code: int) -> None:
-        self.left, self.code, self.failed = allowed, code, False
+    def __init__(self, file: Any, wrap: Callable[..., Any]) -> None:
+        self.file, self.write, self.flush = file, wrap(file.write), wrap(file.flush)
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+
+class Countdown:
+    """Lets so many file operations pass, then fails the next one, or that and every later one."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, allowed: int, code: int, *, once: bool
+    ) -> None:
+        self.left, self.code, self.failed, self.once = allowed, code, False, once
         for place, name in (
             (Path, "mkdir"),
             (Path, "open"),
@@ -42,19 +60,22 @@ class Countdown:
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if self.left == 0:
+            if self.left == 0 and not (self.once and self.failed):
                 self.failed = True
                 raise OSError(self.code, os.strerror(self.code))
-            self.left -= 1
-            return function(*args, **kwargs)
+            self.left -= self.left > 0
+            result = function(*args, **kwargs)
+            writes = function.__name__ == "open" and "w" in str(args[1:])
+            return Written(result, self.wrap) if writes else result
 
         return counted
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("update", [3, 2])  # a new one, and the last one once more
+@pytest.mark.parametrize("once", [True, False])
 def test_when_any_write_fsync_or_rename_fails_a_checkpoint_remains(
-    tmp_path: Path, code: int, update: int
+    tmp_path: Path, code: int, update: int, once: bool
 ):
     allowed = 0
     while True:
@@ -62,7 +83,7 @@ def test_when_any_write_fsync_or_rename_fails_a_checkpoint_remains(
         save(root, 1)
         save(root, 2)
         with pytest.MonkeyPatch.context() as patch:
-            countdown = Countdown(patch, allowed, code)
+            countdown = Countdown(patch, allowed, code, once=once)
             with contextlib.suppress(UserError):
                 save(root, update)
         saved, _ = load_latest(root)
@@ -76,7 +97,7 @@ def test_when_any_write_fsync_or_rename_fails_a_checkpoint_remains(
         if not countdown.failed:
             break
         allowed += 1
-    assert allowed >= 12  # four files, each written and synced, folders, renames
+    assert allowed >= 19  # four files opened, written, flushed and synced; folders, renames
 
 
 def test_every_flipped_or_cut_byte_is_seen(tmp_path: Path):
