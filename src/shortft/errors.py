@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Torn(UserError):
+    """Something failed while weights were being changed: this state must not be saved."""
+
+
 class Stopped(BaseException):
     """A signal asked the run to stop; it did so at a safe place.
 

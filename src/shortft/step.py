@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shortft.chain import run_chain
+from shortft.errors import Torn
 from shortft.families.base import Conditioning, Family
 from shortft.judge import judge
 from shortft.networks import ModelNetworks
+from shortft.out_of_memory import ran_out
 from shortft.plans import Plan
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
@@ -72,6 +74,9 @@ def train_step(
 
     A reward or a gradient that is not finite, on any process, changes nothing on all of them;
     `Outcome.skipped` says so.
+
+    Raises:
+        Torn: if the optimizer fails halfway, so that some weights are changed and some are not.
     """
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
@@ -116,10 +121,23 @@ def train_step(
     finite = bool(grad_norm.isfinite()) and bool(means.isfinite().all())
     commit()
     if finite:
-        optimizer.step()
+        change(optimizer)
     values = dict(zip(totals, means.tolist(), strict=True))
     drift = values.pop("drift") if anchor else None
     return Outcome(values.pop("reward"), values, float(grad_norm), not finite, drift)
+
+
+def change(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step, which must never be repeated or saved where it failed halfway."""
+    try:
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:
+        why = "out of memory" if ran_out(error) else f"it failed ({' '.join(str(error).split())})"
+        raise Torn(
+            f"optimizer: {why} while weights were being changed, so that this update is not kept; "
+            "go on by --resume from the last checkpoint, with a smaller --rank, --optimizer "
+            "adamw8bit or --recompute if memory is short"
+        ) from error
 
 
 def decode(family: Family, latents: Tensor, *, recompute: bool) -> Tensor:

@@ -80,7 +80,7 @@ def check_file(name: str) -> None:
     Raises:
         UserError: no such file, not Python, or the name is not defined in it.
     """
-    path, attribute = _split(name)
+    path, attribute = split_spec(name)
     if not is_file(path):
         raise UserError(f"--reward {name}: no such file; check the path of {path.name}")
     try:
@@ -136,7 +136,7 @@ def load_own(name: str, device: torch.device | str) -> OwnReward:
 _MEMBERS = {"name", "report_name", "report_higher_is_better", "report", "__call__"}
 
 
-def _split(name: str) -> tuple[Path, str]:
+def split_spec(name: str) -> tuple[Path, str]:
     path, _, attribute = name.rpartition(":")
     return expand(Path(path)), attribute
 
@@ -155,7 +155,7 @@ def _bound_names(node: ast.stmt) -> set[str]:
 
 
 def _from_file(name: str) -> Any:
-    path, attribute = _split(name)
+    path, attribute = split_spec(name)
     module_name = f"shortft_own_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     assert module_spec is not None  # its name ends in .py
