@@ -27,6 +27,11 @@ def shortcut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
+    return tiny_settings(model, shortcut, tmp_path)
+
+
+def tiny_settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
+    """Of a run of seconds, in a folder of its own."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\npanda face\nrocket\n")
     return {

@@ -10,8 +10,10 @@ import torch
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.guard import Guard, Look
+from shortft.metrics import diversity
 from shortft.train import train
 from shortft.trainer import Trainer
+from shortft.watch import thumbnails
 from test_train import weights
 
 
@@ -52,74 +54,117 @@ def test_the_best_is_chosen_by_the_criterion_within_the_limit():
         assert guard.best.update == expected
 
 
-def test_held_out_as_criterion_needs_a_scorer(settings):
-    with pytest.raises(UserError, match=r"--best-by held_out: .* name one by --held-out"):
-        Trainer(Config(**settings, best_by="held_out"))
+@pytest.mark.parametrize("option", ["best_by held_out", "guard stop"])
+def test_what_needs_a_held_out_scorer_says_so(settings, option: str):
+    name, value = option.split()
+    said = f"--{name.replace('_', '-')} {value}: .* name one by --held-out"
+    with pytest.raises(UserError, match=said):
+        Trainer(Config(**settings, **{name: value}))
 
 
-class Falling:
-    """A held-out scorer that likes each later evaluation less."""
-
-    def __init__(self, *values: float) -> None:
-        self.values = list(values)
-
-    def __call__(self, images: torch.Tensor, prompts: object) -> torch.Tensor:
-        return torch.full((len(images),), self.values.pop(0))
+def test_a_guard_needs_evaluations(settings):
+    with pytest.raises(UserError, match="--guard stop: needs evaluations; give --sample-every"):
+        Config(**{**settings, "guard": "stop", "sample_every": 0})
 
 
-def test_a_hacked_run_stops_and_goes_back_to_the_best(settings, monkeypatch):
-    config = Config(**{**settings, "sample_every": 2, "guard": "stop"})
-    rewards = iter([0.0, 1.0, 2.0, 3.0, 4.0])
+HACKED = {"sample_every": 2, "guard": "stop", "guard_drop": 0.1, "held_out": "compressibility"}
 
-    def rising(self, images, prompts):
-        return torch.full((len(images),), next(rewards))
 
-    original = Trainer.__init__
+Script = tuple[list[float], list[float]]
 
-    def prepared(self, given):
-        original(self, given)
-        self.held_out = Falling(1.0, 0.95, 0.92, 0.5)
 
-    monkeypatch.setattr(Trainer, "__init__", prepared)
-    monkeypatch.setattr("shortft.rewards.combine.WeightedSum.__call__", rising)
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """What evaluations are to find: rewards, and held-out scores."""
+    scores: Script = ([], [])
+    monkeypatch.setattr(
+        Trainer,
+        "score",
+        lambda self, scorer, images, prompts: scores[scorer is self.held_out].pop(0),
+    )
+    return scores
+
+
+def test_a_hacked_run_stops_and_goes_back_to_the_best(settings, told: Script):
+    config = Config(**{**settings, **HACKED})
+    told[0][:], told[1][:] = [0.0, 1.0, 2.0, 3.0], [1.0, 0.95, 0.92, 0.5]
     train(config)
     log = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").open()]
     evaluations = [row for row in log if "eval_reward" in row]
     assert [row["update"] for row in evaluations] == [0, 2, 4, 6]
     assert "being hacked" in evaluations[-1]["guard"]
-    assert "eval_contrast" in evaluations[-1]
+    assert {"eval_contrast", "eval_saturated", "eval_diversity"} < set(evaluations[-1])
     assert [row.get("best") for row in evaluations] == [True, True, True, None]
     kept, best = weights(config.output_dir / "adapter"), weights(config.output_dir / "best")
     assert all(torch.equal(kept[name], best[name]) for name in best)
     assert [row["update"] for row in log if "reward" in row][-1] == 6
+    assert (config.output_dir / "curves.png").stat().st_size > 10_000
+    # A queue that starts the command once more does not train past the decision.
+    (config.output_dir / "adapter" / "lora_1.safetensors").unlink()
+    train(config, auto_resume=True)
+    again = weights(config.output_dir / "adapter")
+    assert all(torch.equal(again[name], best[name]) for name in best)
+    assert len((config.output_dir / "metrics.jsonl").read_text().splitlines()) == len(log)
 
 
-def test_a_run_that_is_hacked_at_once_goes_back_to_the_start(settings, monkeypatch):
-    config = Config(**{**settings, "sample_every": 2, "guard": "stop", "guard_drop": 0.1})
-    rewards, original = iter([0.0, 1.0]), Trainer.__init__
-
-    def prepared(self, given):
-        original(self, given)
-        self.held_out = Falling(1.0, 0.5)
-
-    monkeypatch.setattr(Trainer, "__init__", prepared)
-    monkeypatch.setattr(
-        "shortft.rewards.combine.WeightedSum.__call__",
-        lambda self, images, prompts: torch.full((len(images),), next(rewards)),
-    )
-    adapter = train(config)
+def test_a_run_that_is_hacked_at_once_goes_back_to_the_start(settings, told: Script):
+    told[0][:], told[1][:] = [0.0, 1.0], [1.0, 0.5]
+    adapter = train(Config(**{**settings, **HACKED}))
     assert all(not value.any() for name, value in weights(adapter).items() if "lora_B" in name)
 
 
-def test_warn_goes_on(settings, monkeypatch):
-    config = Config(**{**settings, "sample_every": 4, "guard": "warn", "held_out": "symmetry"})
-    original = Trainer.__init__
-
-    def prepared(self, given):
-        original(self, given)
-        self.held_out = Falling(1.0, 0.5, 0.4)
-
-    monkeypatch.setattr(Trainer, "__init__", prepared)
+def test_warn_goes_on(settings, told: Script):
+    config = Config(**{**settings, **HACKED, "sample_every": 4, "guard": "warn"})
+    told[0][:], told[1][:] = [0.0, 1.0, 2.0], [1.0, 0.5, 0.4]
     train(config)
     log = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").open()]
     assert [row["update"] for row in log if "reward" in row][-1] == 8
+
+
+def test_the_best_adapter_belongs_to_the_run_that_goes_on(settings, told: Script, monkeypatch):
+    """Killed after an evaluation that no checkpoint knows, a run forgets what it saw there."""
+    change = {"sample_every": 3, "checkpoint_every": 4, "updates": 5}
+    config = Config(**{**settings, **HACKED, **change})
+    told[0][:], told[1][:] = [0.0, 1.0], [1.0, 1.0]
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise KeyboardInterrupt  # nothing is saved, as by kill -9
+
+        patch.setattr("shortft.kept.keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    lost = weights(config.output_dir / "best")
+    assert any(value.any() for name, value in lost.items() if "lora_B" in name)  # of update 3
+    told[0][:], told[1][:] = [0.0, 1.0, 2.0], [1.0, 0.1, 0.1]
+    adapter = train(config)
+    for folder in (adapter, config.output_dir / "best"):
+        values = weights(folder)
+        assert all(not value.any() for name, value in values.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_teaches_the_guard_nothing(bad: float):
+    guard = Guard(0.1)
+    assert guard.see(Look(0, bad, 1.0)) == (False, None)
+    assert guard.see(Look(1, 0.0, 1.0))[0]
+    assert guard.see(Look(2, 1.0, bad)) == (False, None)
+    assert guard.see(Look(3, 1.0, 0.5))[1] is not None  # still awake
+    assert guard.best == Look(1, 0.0, 1.0)
+
+
+def test_a_run_goes_on_after_an_evaluation_that_is_not_finite(settings, told: Script):
+    nan = float("nan")
+    config = Config(**{**settings, **HACKED, "guard": "warn", "updates": 4})
+    told[0][:], told[1][:] = [nan, nan, 1.0], [nan, 1.0, 1.0]
+    train(config)
+    told[0][:], told[1][:] = [2.0, nan], [1.0, nan]
+    train(config.model_copy(update={"updates": 8}), resume=True)
+    log = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").open()]
+    assert [row["eval_reward"] for row in log if "eval_reward" in row] == [None, None, 1, 2, None]
+
+
+def test_thumbnails_tell_alike_from_different():
+    same = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
+    assert float(diversity(same, thumbnails)) == pytest.approx(0, abs=1e-6)
+    assert float(diversity(torch.stack([same[0], 1 - same[0]]), thumbnails)) == pytest.approx(2)

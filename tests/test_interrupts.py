@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import signal
 import subprocess
@@ -10,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import shortft
+from conftest import tiny_settings
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import Stopped
 from shortft.interrupts import Interrupts
 from shortft.train import train
-from test_train import weights
+from test_train import everything
 
 
 def send(number: int) -> None:
@@ -72,41 +74,59 @@ def test_the_second_signal_exits_at_once(name: str):
     assert time.monotonic() - began < 40
 
 
+PLACES = {
+    "chain": ("shortft.step", "run_chain"),
+    "reward": ("shortft.step", "judge"),
+    "backward": ("torch", "autograd.backward"),
+    "gradients": ("shortft.step", "average_gradients"),
+    "optimizer": ("torch.optim", "AdamW.step"),
+    "look": ("shortft.trainer", "generate"),
+    "scoring": ("shortft.watch", "picture_statistics"),
+    "best": ("shortft.kept", "save_adapter"),
+    "logging": ("shortft.metrics_log", "MetricsLog.write"),
+    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter.add_images"),
+    "saving": ("shortft.kept", "save_checkpoint"),
+}
+
+
 @pytest.mark.parametrize(
-    "place", ["chain", "reward", "backward", "optimizer", "look", "scoring", "saving"]
+    ("place", "number"),
+    [*((place, signal.SIGTERM) for place in PLACES), ("chain", signal.SIGINT)],
 )
 def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
-    settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    settings, uninterrupted, monkeypatch: pytest.MonkeyPatch, place: str, number: int
 ):
-    whole = Config(**{**settings, "output_dir": tmp_path / "whole"})
-    train(whole)
-    config = Config(**{**settings, "output_dir": tmp_path / "parts"})
-    module, name = {
-        "chain": ("shortft.step", "run_chain"),
-        "reward": ("shortft.step", "judge"),
-        "backward": ("shortft.step", "average_gradients"),
-        "optimizer": ("torch.optim.AdamW", "step"),
-        "look": ("shortft.trainer", "generate"),
-        "scoring": ("shortft.train", "picture_statistics"),
-        "saving": ("shortft.trainer", "save_checkpoint"),
-    }[place]
-    owner = torch.optim.AdamW if place == "optimizer" else sys.modules[module]
+    settings |= {"tensorboard": True, "held_out": "compressibility"}
+    config = Config(**settings)
+    module, path = PLACES[place]
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original, calls = getattr(owner, name), [0]
 
     def interrupted(*args, **kwargs):
         calls[0] += 1
-        if calls[0] == 2:
-            send(signal.SIGTERM)
+        if calls[0] == (1 if place == "best" else 2):  # the start is the best there is here
+            send(number)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             train(config)
+    assert stopped.value.signal == number
     assert not (config.output_dir / "adapter").exists()
     train(config, resume=True)
-    one, two = weights(whole.output_dir / "adapter"), weights(config.output_dir / "adapter")
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert everything(config.output_dir) == uninterrupted
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, shortcut, tmp_path_factory) -> dict[str, object]:
+    """What the same run comes to when nobody stops it."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = tiny_settings(model, shortcut, folder)
+    settings |= {"tensorboard": True, "held_out": "compressibility"}
+    train(Config(**settings))
+    return everything(folder / "run")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import shortft.preflight.files
 from shortft.config import Config
 from shortft.errors import UserError
+from shortft.kept import adapter_bytes, checkpoint_bytes
 from shortft.preflight.estimate import check_room
 from shortft.preflight.files import check_local_files, problems
 from shortft.quiet import quiet
@@ -225,9 +226,7 @@ def test_every_problem_is_listed_by_its_role(model: Path, folder, tmp_path):  # 
 def test_room_is_counted_as_training_counts_it(settings, monkeypatch):
     config = Config(**settings)
     trainer = Trainer(config)
-    needed = (
-        trainer.checkpoint_bytes() * (config.keep_checkpoints + 1) + 3 * trainer.adapter_bytes()
-    )
+    needed = checkpoint_bytes(trainer) * (config.keep_checkpoints + 1) + 3 * adapter_bytes(trainer)
     for free in (needed - 1, needed):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if free < needed:
@@ -238,6 +237,28 @@ def test_room_is_counted_as_training_counts_it(settings, monkeypatch):
     (config.output_dir / "checkpoints").mkdir(parents=True)
     (config.output_dir / "checkpoints" / "one").write_bytes(bytes(needed))  # continued
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: SimpleNamespace(free=trainer.checkpoint_bytes())
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=checkpoint_bytes(trainer))
     )
     check_room(config)
+
+
+@pytest.mark.parametrize("what", ["model", "shortcut", "reward", "disk"])
+def test_training_tells_all_of_it_before_a_model_is_loaded(what, settings, tmp_path, monkeypatch):
+    def loads(*args: object, **options: object) -> None:
+        raise AssertionError("a model was loaded before the mistake was told")
+
+    monkeypatch.setattr("shortft.trainer.load_family", loads)
+    monkeypatch.chdir(tmp_path)
+    if what == "model":
+        settings["model"] = str(shutil.copytree(settings["model"], tmp_path / "model"))
+        cut(tmp_path / "model" / "unet" / NETWORK)
+    elif what == "shortcut":
+        settings["shortcut"] = str(lora_of(FAMILIES["sdxl"](), tmp_path / "sdxl.safetensors"))
+    elif what == "reward":
+        torch.save({"a": Hostile()}, tmp_path / "HPS_v2_compressed.pt")
+        settings |= {"reward": "hpsv2", "reward_model": "hpsv2=HPS_v2_compressed.pt"}
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError):
+        Trainer(Config(**settings))
+    assert not (tmp_path / "hacked").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from shortft.adapter import load_into
 from shortft.config import Config
 from shortft.errors import UserError
+from shortft.kept import write_adapter
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import sample_seed
@@ -26,6 +28,25 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
         f"{path.stem}/{key}": value
         for path in sorted(directory.glob("lora_*.safetensors"))
         for key, value in load_file(path).items()
+    }
+
+
+def everything(root: Path) -> dict[str, object]:
+    """What decides a run's future and what it ends with; its log without times and memory."""
+    newest = max((root / "checkpoints").glob("update-*"))
+    folders = [folder for folder in (newest, root / "adapter", root / "best") if folder.exists()]
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    state = json.loads((newest / "state.json").read_text())
+    state = {k: v for k, v in state.items() if k not in ("config", "seconds", "log_bytes")}
+    clock = ("seconds", "at_seconds", "peak_memory_bytes")
+    return {
+        "files": {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files},
+        "state": state,
+        "log": [
+            {k: v for k, v in json.loads(line).items() if k not in clock}
+            for line in (root / "metrics.jsonl").read_text().splitlines()
+        ],
+        "pictures": {file.name: file.read_bytes() for file in sorted(root.glob("samples/*"))},
     }
 
 
@@ -146,10 +167,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings):
         after = [s["exp_avg"] for s in trainer.optimizer.state.values()]
         assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True)), what
     assert trainer.counters.skipped == 3
-    trainer.check_skipped()
+    trainer.check_progress()
     trainer.counters.skipped = MAX_SKIPPED
     with pytest.raises(UserError, match="not finite"):
-        trainer.check_skipped()
+        trainer.check_progress()
     trainer.reward.parts = ((part, weight),)
     assert not trainer.update()[1].skipped
     assert trainer.counters.skipped == 0
@@ -184,7 +205,7 @@ def test_out_of_memory_is_advice_or_smaller_parts_of_the_same_updates(settings, 
     for _ in range(2):
         trainer.update()
     assert trainer.splits == 4
-    trainer.save_adapter()
+    write_adapter(trainer)
     one = weights(whole.output_dir / "adapter")
     two = weights(trainer.config.output_dir / "adapter")
     for name, value in one.items():
@@ -207,10 +228,9 @@ def test_a_changed_setting_is_shown_and_needs_leave(settings):
 
 
 def test_a_disk_without_room_is_told_before_the_run(settings, monkeypatch: pytest.MonkeyPatch):
-    import shortft.train
-
-    monkeypatch.setattr(shortft.train.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"--output-dir .* free, but the run's checkpoints take"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    said = r"--output-dir .* free, but the run's checkpoints and adapters take"
+    with pytest.raises(UserError, match=said):
         train(Config(**settings))
 
 
@@ -300,7 +320,7 @@ def test_every_method_trains_one_lora_that_acts_at_every_step(settings, method: 
     assert any(not torch.equal(moved[name], value) for name, value in start.items())
     now = trainer.family.denoiser.parameters()
     assert all(torch.equal(a, b) for a, b in zip(base, now, strict=True))
-    info = json.loads((trainer.save_adapter() / "adapter.json").read_text())
+    info = json.loads((write_adapter(trainer) / "adapter.json").read_text())
     few = method == "tune_shortcut"
     assert (info["loras"], info["placement"]) == (1, "few_step" if few else "everywhere")
     assert len(info["timesteps"]) == (4 if few else 8)

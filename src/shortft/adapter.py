@@ -7,7 +7,10 @@ An adapter is a directory: one LoRA file per number in diffusers' own layout, an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -66,20 +69,53 @@ class AdapterInfo:
         return parts_for(self.placement, self.segments)
 
 
+_LORA_FILE = re.compile(r"lora_\d+\.safetensors")
+
+
 def lora_file(number: int) -> str:
     return f"lora_{number}.safetensors"
 
 
-def save_adapter(nets: ModelNetworks, info: AdapterInfo, directory: Path) -> None:
-    """Write all LoRAs and ``adapter.json`` into a directory; existing files are replaced."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number in range(1, nets.loras + 1):
-        scratch = directory / f".{lora_file(number)}"
-        nets.family.save_lora(nets.state_of(number), scratch)
-        scratch.replace(directory / lora_file(number))
-    scratch = directory / ".adapter.json"
-    scratch.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-    scratch.replace(directory / "adapter.json")
+def save_adapter(
+    nets: ModelNetworks,
+    info: AdapterInfo,
+    directory: Path,
+    states: Mapping[int, dict[str, torch.Tensor]] | None = None,
+) -> None:
+    """Write all LoRAs and ``adapter.json`` into a directory, all at once.
+
+    They are written beside it and swapped in, so that LoRAs of two adapters never mix; other
+    files that lie in the directory stay.
+
+    Args:
+        states: weights by LoRA number; those of `nets` if not given.
+    """
+    scratch = directory.parent / f".{directory.name}.new"
+    old = directory.parent / f".{directory.name}.old"
+    for left in (scratch, old):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        for number in range(1, nets.loras + 1):
+            state = nets.state_of(number) if states is None else states[number]
+            nets.family.save_lora(state, scratch / lora_file(number))
+        told = json.dumps(asdict(info), indent=2) + "\n"
+        (scratch / "adapter.json").write_text(told, encoding="utf-8")
+        for file in scratch.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        if directory.exists():
+            directory.rename(old)
+        scratch.rename(directory)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
+    for other in old.glob("*"):
+        if not (directory / other.name).exists() and not _LORA_FILE.fullmatch(other.name):
+            other.rename(directory / other.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_info(directory: Path) -> AdapterInfo:

@@ -181,6 +181,7 @@ class Workshop:
             "sample_every": 0,
             "sample_times": 0 if job.search else self.comparison.looks,
             "sample_prompts": min(24, self.comparison.num_prompts),
+            "sample_noises": 1,
         }
         settings = self.configs[job.reward, job.method].model_dump(mode="json")
         return load_config(None, {**settings, **change})

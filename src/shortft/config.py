@@ -250,7 +250,13 @@ class Config(BaseModel):
     sample_times: int = Field(
         0, ge=0, description="Sample grids at so many equal parts of the budget as well; 0 = none."
     )
-    sample_prompts: int = Field(8, ge=1, description="Pictures in a sample grid, at least 1.")
+    sample_prompts: int = Field(8, ge=1, description="Prompts of a sample grid, at least 1.")
+    sample_noises: int = Field(
+        2,
+        ge=1,
+        description="Pictures of each of those prompts that are scored, the first of them drawn; 2 "
+        "or more show whether they become alike.",
+    )
     sample_from: Path | None = Field(
         None,
         description="UTF-8 text file of prompts for the sample grids, one a line; none = from the "
@@ -279,7 +285,7 @@ class Config(BaseModel):
     checkpoint_every: int = Field(
         50, ge=0, description="Updates between checkpoints; 0 = only at the end."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept, at least 1.")
+    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept, at least 2.")
     tensorboard: bool = Field(True, description="Write TensorBoard logs into output_dir.")
     progress: bool = Field(True, description="Show a progress bar.")
 
@@ -382,6 +388,10 @@ class Config(BaseModel):
                 self.accumulation,
                 f"does not divide --batch-size {self.batch_size}",
                 "choose one of its divisors",
+            )
+        if self.guard == "stop" and not (self.sample_every or self.sample_times):
+            raise _bad_value(
+                "guard", "stop", "needs evaluations", "give --sample-every or --sample-times"
             )
         reward_places(scorers(self.reward), self.reward_model)
         self._check_stage_shares()

@@ -7,8 +7,10 @@ being learned is the reward's weakness.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,13 @@ class Look:
     reward: float
     held_out: float | None
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.reward) and math.isfinite(self.held_out or 0.0)
+
 
 class Guard:
-    """Remembers the first and the best evaluation.
+    """Remembers the first and the best evaluation; those that are not finite teach it nothing.
 
     The best one has the highest score of the chosen kind among those whose held-out score has
     fallen by no more than allowed.
@@ -48,6 +54,8 @@ class Guard:
         Returns:
             Whether it is the best so far, and what is wrong, if anything.
         """
+        if not look.is_finite:
+            return False, None
         if self.first is None:
             self.first = self.best = look
             return True, None
@@ -63,6 +71,18 @@ class Guard:
         if better:
             self.best = look
         return better, alarm
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint's JSON."""
+        return {
+            n: look and asdict(look) for n, look in (("first", self.first), ("best", self.best))
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.first, self.best = (
+            Look(**saved[name]) if saved.get(name) else None for name in ("first", "best")
+        )
 
     def _score(self, look: Look) -> float:
         score = look.reward if self.by == "reward" else look.held_out

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shortft import kept
 from shortft.checkpoint import any_in, load_latest
 from shortft.config import Config, option_name, parse_yaml, to_yaml
-from shortft.drawing.curves import read_metrics
+from shortft.confined import RUN, refuse_links
+from shortft.drawing.curves import draw_curves
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
-from shortft.errors import Stopped, UserError
+from shortft.errors import Stopped, Torn, UserError
 from shortft.faithful import require_faithful
-from shortft.guard import Guard, Look
 from shortft.interrupts import Interrupts
+from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
-from shortft.metrics import picture_statistics
 from shortft.metrics_log import MetricsLog
 from shortft.rewards import anchor_warning
-from shortft.space import check_space
+from shortft.space import check_space, size_of
 from shortft.trainer import Trainer
+from shortft.watch import look
+
+SMALL_FILES = 50_000_000  # bytes for pictures, logs and curves
 
 
 def train(
@@ -43,11 +47,14 @@ def train(
     Raises:
         UserError: for what the user can mend; what was done is kept.
         Stopped: if a signal asked for it; a checkpoint was written.
+        Torn: if an update failed halfway; older checkpoints are whole.
     """
     root = config.output_dir
+    refuse_links(root, RUN)
+    started = any_in(root / "checkpoints")
     if auto_resume:
-        resume = any_in(root / "checkpoints")
-    elif not resume and (root / "checkpoints").exists():
+        resume = started
+    elif not resume and started:
         raise UserError(
             f"--output-dir {root}: holds a run; pass --resume to continue it, or name another one"
         )
@@ -57,48 +64,62 @@ def train(
             str(saved.state.get("config", "")), config, allow_change=allow_change
         )
     trainer = Trainer(config)
-    main = trainer.accelerator.is_main_process
     log_bytes = 0
     if saved is not None:
-        trainer.restore(saved, allow_change=allow_change)
+        kept.restore(trainer, saved, allow_change=allow_change)
         log_bytes = saved.state["log_bytes"]
     trainer.check_same_start()
-    if main:
-        size = trainer.checkpoint_bytes() * (config.keep_checkpoints + 1)
-        check_space(root, size, "the run's checkpoints", "lower --keep-checkpoints, ")
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomic(root / "config.yaml", to_yaml(config).encode())
-    log = MetricsLog(root / "metrics.jsonl", log_bytes, enabled=main)
-    purge = {"purge_step": trainer.counters.update + 1} if resume else {}
+    with ExitStack() as stack, telling_of_disk(root):
+        if trainer.accelerator.is_main_process:
+            check_room(trainer)
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_one(root))
+            write_atomic(root / "config.yaml", to_yaml(config).encode())
+        log = MetricsLog(
+            root / "metrics.jsonl", log_bytes, enabled=trainer.accelerator.is_main_process
+        )
+        if log.lost:
+            notes.append(f"{log.path}: its last {log.lost} bytes are lost, and with them the rows")
+        run(trainer, log, notes, resume=resume)
+    return root / "adapter"
+
+
+def run(trainer: Trainer, log: MetricsLog, notes: list[str], *, resume: bool) -> None:
+    """The whole run from where the trainer stands; `train` says what is raised."""
+    config, root, counters = trainer.config, trainer.config.output_dir, trainer.counters
+    main = trainer.accelerator.is_main_process
+    purge = {"purge_step": counters.update + 1} if resume else {}
     trainer.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
     progress = TrainProgress(
         config.updates,
         config.minutes,
         trainer.stages,
-        start_update=trainer.counters.update,
-        start_seconds=trainer.counters.seconds,
+        start_update=counters.update,
+        start_seconds=counters.seconds,
         enabled=config.progress and main,
     )
-    warning = anchor_warning(config.reward)
     with progress, Interrupts(immediate=trainer.accelerator.num_processes == 1) as interrupts:
-        for note in notes:
+        for note in (*notes, *remarks(trainer)):
             progress.log(note)
-        if warning:
-            progress.log(f"warning: {warning}")
         if resume:
-            progress.log(f"continuing after update {trainer.counters.update}")
+            progress.log(f"continuing after update {counters.update}")
+        else:
+            counters.look_due = bool(config.sample_every or config.sample_times)
         require_faithful(trainer, progress.log)
         try:
-            if main:
-                remember(trainer.guard, root / "metrics.jsonl")
+            if main and trainer.best is not None:  # what is there may be of a later time
+                kept.write_adapter(trainer, "best", trainer.best)
             run_updates(trainer, log, progress, interrupts)
             interrupts.hold()
-        except (Stopped, UserError) as reason:
+        except Torn:
+            trainer.accelerator.end_training()
+            raise
+        except (Stopped, UserError, OSError) as reason:
             interrupts.hold()
             if main:
-                trainer.save_checkpoint(log.position())
                 note_cause(root, reason)
-                progress.log(f"stopped after update {trainer.counters.update}; go on by --resume")
+                kept.keep(trainer, log.position())
+                progress.log(f"stopped after update {counters.update}; go on by --resume")
             trainer.accelerator.end_training()
             raise
         except RuntimeError as error:
@@ -111,15 +132,66 @@ def train(
                 "--max-restarts with --auto-resume"
             ) from error
         if main:
-            trainer.save_checkpoint(log.position())
-            adapter = trainer.save_adapter()
-            best = trainer.guard.best
-            if trainer.tripped and best is not None:
-                shutil.copytree(root / "best", adapter, dirs_exist_ok=True)
-                progress.log(f"went back to the adapter of update {best.update}")
-            progress.log(f"adapter: {adapter}")
+            finish(trainer, log, progress)
     trainer.accelerator.end_training()
-    return root / "adapter"
+
+
+def finish(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
+    """Keep what the run ends with: a checkpoint, the adapter, the curves."""
+    root, best = trainer.config.output_dir, trainer.guard.best
+    kept.keep(trainer, log.position())
+    back = trainer.tripped and best is not None
+    adapter = kept.write_adapter(trainer, states=trainer.best if back else None)
+    if back and best is not None:
+        progress.log(f"went back to the adapter of update {best.update}")
+    draw_curves(log.path, root / "curves.png", reward_name=trainer.reward.name)
+    progress.log(f"adapter: {adapter}")
+
+
+def check_room(trainer: Trainer) -> None:
+    """Whether checkpoints, two adapters, pictures and logs will fit beside what is there.
+
+    Raises:
+        UserError: if not.
+    """
+    root, one = trainer.config.output_dir, kept.checkpoint_bytes(trainer)
+    there = sum(size_of(root / name) for name in ("checkpoints", "adapter", "best"))
+    # One more than is kept, while it is written; two adapters, of which one twice.
+    whole = one * (trainer.config.keep_checkpoints + 1) + 3 * kept.adapter_bytes(trainer)
+    needed = max(whole - there, one) + SMALL_FILES
+    check_space(root, needed, "the run's checkpoints and adapters", "lower --keep-checkpoints, ")
+
+
+def remarks(trainer: Trainer) -> list[str]:
+    """What should be said before a run."""
+    config, found = trainer.config, []
+    warning = anchor_warning(config.reward)
+    if warning:
+        found.append(f"warning: {warning}")
+    if config.guard != "off" and trainer.held_out is None:
+        found.append(
+            "note: no scorer watches for a reward that is hacked; --held-out names one, such as "
+            "pickscore"
+        )
+    return found
+
+
+@contextmanager
+def telling_of_disk(root: Path) -> Iterator[None]:
+    """Say in one line which file could not be written, and why.
+
+    Raises:
+        UserError: for an OSError of a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise UserError(
+            f"{error.filename or root}: cannot be written ({error.strerror}); make room or mend "
+            "the disk, then go on by --resume"
+        ) from error
 
 
 def run_updates(
@@ -134,13 +206,11 @@ def run_updates(
 
     def look_if_due() -> None:
         if main and counters.look_due:
-            look(trainer, log, progress)
+            look(trainer, log, progress, interrupts)
         counters.look_due = False
         trainer.agree_on_guard()
 
     watched = bool(config.sample_every or config.sample_times)
-    if counters.update == 0:
-        counters.look_due = watched
     look_if_due()
     while trainer.spent() < 1 and not trainer.tripped:
         before, part = counters.seconds, int(trainer.spent() * config.sample_times)
@@ -170,60 +240,13 @@ def run_updates(
         last = watched and trainer.spent() >= 1
         counters.look_due = every(config.sample_every) or passed or last
         if main and every(config.checkpoint_every) and trainer.spent() < 1:
-            trainer.save_checkpoint(log.position())
+            kept.keep(trainer, log.position())
         interrupts.release()
         asked = trainer.asked_to_stop(interrupts.asked)
         if asked is not None:
             raise Stopped(asked)
-        trainer.check_skipped()
+        trainer.check_progress()
         look_if_due()
-
-
-@torch.no_grad()
-def look(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
-    """Draw the fixed pictures by the true chain, score them, keep both; ask the guard."""
-    from shortft.drawing.grids import save_grid
-
-    update = trainer.counters.update
-    prompts, images = trainer.pictures()
-    path = trainer.config.output_dir / "samples" / f"update-{update:06d}.png"
-    save_grid(path, [images], [f"update {update}"], prompts)
-    on_device = images.to(trainer.family.device)
-    row: dict[str, Any] = {
-        "update": update,
-        "at_seconds": trainer.counters.seconds,
-        "eval_reward": float(trainer.reward(on_device, prompts).mean()),
-    }
-    if trainer.held_out is not None:
-        row["eval_held_out"] = float(trainer.held_out(on_device, prompts).mean())
-    statistics = picture_statistics(images)
-    row["eval_contrast"] = float(statistics.contrast.mean())
-    row["eval_saturated"] = float((statistics.black + statistics.white).mean())
-    better, alarm = trainer.guard.see(seen(row))
-    if alarm and trainer.config.guard != "off":
-        row["guard"] = alarm
-        progress.log(f"guard: {alarm}")
-        trainer.tripped = trainer.config.guard == "stop"
-    if better:  # the start counts: a run may have to go back to it
-        row["best"] = True
-        trainer.save_adapter("best")
-    log.write(row)
-    if trainer.config.tensorboard:
-        figures = {k: v for k, v in row.items() if k.startswith("eval_")}
-        trainer.accelerator.log(figures, step=update)
-        writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
-        writer.add_images("samples", images, update)
-
-
-def seen(row: Mapping[str, Any]) -> Look:
-    """An evaluation's row of the log, as the guard takes it."""
-    return Look(int(row["update"]), float(row["eval_reward"]), row.get("eval_held_out"))
-
-
-def remember(guard: Guard, log: Path) -> None:
-    """Show the guard what an interrupted run has seen already."""
-    for row in read_metrics(log).evaluations:
-        guard.see(seen(row))
 
 
 # What may differ on resume: where and how a run is watched, and what memory it takes.
@@ -248,6 +271,7 @@ FREE = {
     "tensorboard",
     "sample_every",
     "sample_prompts",
+    "sample_noises",
     "sample_times",
     "sample_from",
     "checkpoint_every",

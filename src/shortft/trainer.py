@@ -1,34 +1,34 @@
-"""One training run's state: networks, plans, optimizer and counters, and what is kept of them."""
+"""One training run's state: networks, plans, optimizer and counters; `kept` writes and reads it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
-from shortft.adapter import AdapterInfo, copy_state, save_adapter
 from shortft.assets import prompts_for
-from shortft.checkpoint import Checkpoint, save_checkpoint
-from shortft.config import Config, to_yaml
+from shortft.config import Config, option_name
 from shortft.ema import Average
 from shortft.errors import UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
+from shortft.fingerprint import fingerprint
 from shortft.guard import Guard
 from shortft.inputs import read_prompts
+from shortft.judge import judge
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
-from shortft.optimizers import make_optimizer, set_state, state_of
+from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
 from shortft.plans import Plan, inference_plan, parts_for
+from shortft.preflight.estimate import check_room
+from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.sampling import check_segments, generate
@@ -38,20 +38,22 @@ from shortft.shortcuts import Shortcut, find_shortcut
 from shortft.step import Batch, Outcome, train_step
 
 MAX_SKIPPED = 10
+MAX_FLAT = 3
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]
-NOISE, PROMPTS, PICTURES, PLAN = 1, 2, 3, 6  # places in the seed's name space
+NOISE, PROMPTS, PICTURES, PLAN, OTHERS = 1, 2, 3, 6, 7  # places in the seed's name space
 
 
 @dataclass
 class Counters:
-    """Where a run stands: updates done, seconds of training by the run's clock, skipped in a row,
-    stage, and whether the pictures of this update are still to be drawn.
+    """Where a run stands: updates done, seconds of training by the run's clock, updates in a row
+    that were skipped or had no gradient at all, stage, and whether the pictures of this update are
+    still to be drawn.
     """
 
     update: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    flat: int = 0
     stage: int = 1
     look_due: bool = False
 
@@ -66,6 +68,8 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         check_launcher()
+        check_local_files(config)
+        check_room(config)
         # Without this, processes that torchrun starts on CPUs would not know of one another.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
@@ -87,9 +91,7 @@ class Trainer:
         self.shortcut = shortcut = Shortcut(None)
         if method.uses_segments:
             self.shortcut = shortcut = find_shortcut(config.model, config.shortcut, config.segments)
-        digest = hashlib.sha256("\n".join(self.prompts).encode())
-        digest.update(shortcut.path.read_bytes() if shortcut.path else b"")
-        self.inputs = digest.hexdigest()  # of what the configuration names by path only
+        self.inputs = fingerprint(config, self.prompts, shortcut.path)
         device = str(self.accelerator.device)
         self.family: Family = load_family(
             config.model,
@@ -132,29 +134,35 @@ class Trainer:
         scored_on = config.reward_device or device
         half = torch.bfloat16 if config.reward_precision == "bf16" else torch.float32
         self.reward: WeightedSum = make_reward(config.reward, config.reward_model, scored_on, half)
-        self.held_out: Scorer | None = (
-            make_reward(config.held_out, config.reward_model, scored_on, half)
-            if config.held_out
-            else held_out_scorer(config.model, device)
-        )
-        if config.best_by == "held_out" and self.held_out is None:
-            raise UserError(
-                f"--best-by held_out: {config.model} has no scorer of its own; name one by "
-                "--held-out, or use --best-by reward"
-            )
+        own = held_out_scorer(config.model, device)
+        self.held_out: WeightedSum | None = WeightedSum([(own, 1.0)]) if own else None
+        if config.held_out:
+            self.held_out = make_reward(config.held_out, config.reward_model, scored_on, half)
+        if self.held_out is None:
+            for option in ("best_by held_out", "guard stop"):
+                name, value = option.split()
+                if getattr(config, name) == value:
+                    raise UserError(
+                        f"{option_name(name)} {value}: {config.model} has no scorer of its own; "
+                        "name one by --held-out"
+                    )
         self.guard = Guard(config.guard_drop, config.best_by)
         self.tripped = False  # the guard has ended the run
+        self.best: dict[int, dict[str, Tensor]] | None = None  # LoRAs of the best evaluation
         self.optimizer = make_optimizer(
             config.optimizer,
-            [list(self.nets.parameters_of(n).values()) for n in range(1, self.nets.loras + 1)],
+            [list(self.nets.parameters_of(n).values()) for n in self.numbers],
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        self.average = Average(
-            {n: self.nets.parameters_of(n) for n in range(1, self.nets.loras + 1)}, config.ema
-        )
+        self.average = Average({n: self.nets.parameters_of(n) for n in self.numbers}, config.ema)
         self.counters = Counters()
         self.splits = config.accumulation
+
+    @property
+    def numbers(self) -> range:
+        """The LoRAs' numbers, 1…k."""
+        return range(1, self.nets.loras + 1)
 
     @property
     def micro_batch(self) -> int:
@@ -253,6 +261,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         while True:
+            self.seed_others()
             try:
                 outcome = train_step(
                     plan,
@@ -288,14 +297,26 @@ class Trainer:
         seconds = [counters.seconds + clock() - began]
         counters.seconds = float(broadcast_object_list(seconds)[0])
         counters.skipped = counters.skipped + 1 if outcome.skipped else 0
+        counters.flat = counters.flat + 1 if outcome.grad_norm == 0 else 0
         return stage, outcome
 
-    def check_skipped(self) -> None:
+    def seed_others(self) -> None:
+        """Random numbers that others draw, such as a user's reward: the same after a resume."""
+        rank = self.accelerator.process_index
+        set_seed(sample_seed(self.config.seed, OTHERS, self.counters.update, rank) % 2**32)
+
+    def check_progress(self) -> None:
         """Give up where updates in a row changed nothing.
 
         Raises:
-            UserError: after `MAX_SKIPPED` of them.
+            UserError: after `MAX_SKIPPED` that were not finite, or `MAX_FLAT` without gradient.
         """
+        if self.counters.flat >= MAX_FLAT:
+            raise UserError(
+                f"--reward {self.config.reward}: {MAX_FLAT} updates in a row had a gradient of "
+                "exactly 0, so that nothing is learned; its score must follow from the pixels "
+                "without rounding, thresholds and counting, and must not be at its limit already"
+            )
         if self.counters.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a reward or a "
@@ -328,102 +349,24 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             self.tripped = bool(broadcast_object_list([self.tripped])[0])
 
-    # What is kept
+    # What is looked at
 
-    def save_checkpoint(self, log_bytes: int) -> None:
-        self.average.put_back()  # a signal may have come while it was in use
-        tensors: dict[str, dict[str, Tensor]] = self.average.state()
-        for number in range(1, self.nets.loras + 1):
-            tensors[f"lora_{number}"] = self.nets.state_of(number)
-            tensors[f"optimizer_{number}"] = {
-                f"{name}/{key}": value
-                for name, parameter in self.nets.parameters_of(number).items()
-                for key, value in state_of(self.optimizer, parameter).items()
-            }
-        state = {
-            **vars(self.counters),
-            "log_bytes": log_bytes,
-            "inputs": self.inputs,
-            "config": to_yaml(self.config),
-        }
-        save_checkpoint(
-            self.config.output_dir / "checkpoints",
-            self.counters.update,
-            tensors,
-            state,
-            keep=self.config.keep_checkpoints,
-        )
-
-    def checkpoint_bytes(self) -> int:
-        """Largest size of a checkpoint: weights, AdamW's two moments and an average in fp32."""
-        loras = range(1, self.nets.loras + 1)
-        return (16 if self.config.ema else 12) * sum(
-            p.numel() for n in loras for p in self.nets.parameters_of(n).values()
-        )
-
-    def restore(self, saved: Checkpoint, *, allow_change: bool = False) -> None:
-        """Go back to a checkpoint.
+    def score(self, scorer: WeightedSum, images: Tensor, prompts: Sequence[str]) -> float:
+        """Mean score of pictures (B, 3, H, W) that only are looked at.
 
         Raises:
-            UserError: if the prompts or the shortcut are no longer those of the run, or the
-                checkpoint holds something else than this run would write.
+            UserError: naming the reward that misbehaves.
         """
-        try:
-            self._restore(saved, allow_change=allow_change)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"--resume: {saved.path} does not hold this run's state ({error}); start a new run "
-                "in another --output-dir"
-            ) from error
-
-    def _restore(self, saved: Checkpoint, *, allow_change: bool) -> None:
-        if saved.state["inputs"] != self.inputs and not allow_change:
-            raise UserError(
-                "--resume: the prompts or the shortcut's file changed since the checkpoint; "
-                "restore them, pass --allow-change, or start a new run in another --output-dir"
-            )
-        for number in range(1, self.nets.loras + 1):
-            copy_state(self.nets, number, saved.tensors[f"lora_{number}"])
-            flat = saved.tensors[f"optimizer_{number}"]
-            for name, parameter in self.nets.parameters_of(number).items():
-                prefix = f"{name}/"
-                kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
-                if kept:
-                    set_state(self.optimizer, parameter, kept)
-        self.average.restore(saved.tensors)
-        numbers = [saved.state["log_bytes"], saved.state.get("update", 0)]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(f"its counters are {numbers}")
-        for name in vars(self.counters):
-            setattr(self.counters, name, saved.state.get(name, getattr(self.counters, name)))
-
-    def save_adapter(self, folder: str = "adapter") -> Path:
-        """Write the LoRAs as they are now, or their average, into a folder of the run."""
-        active = [step for step in self.inference.steps if step.adapters]
-        info = AdapterInfo(
-            base_model=self.config.model,
-            loras=self.nets.loras,
-            rank=self.config.rank,
-            segments=self.config.segments,
-            placement=self.placement,
-            num_steps=self.config.num_steps,
-            timesteps=[round(float(self.schedule.timesteps[s.start])) for s in active],
-            stacked=[s.adapters for s in active],
-            guidance_scale=self.guidance_scale,
-            resolution=self.config.resolution,
-            config=self.config.model_dump(mode="json"),
-        )
-        directory = self.config.output_dir / folder
-        with self.average.in_place():
-            save_adapter(self.nets, info, directory)
-        return directory
+        parts = judge(scorer, images, prompts, seconds=self.config.reward_seconds)
+        return float(scorer.combine(parts).mean())
 
     def pictures(self) -> tuple[list[str], Tensor]:
-        """Fixed prompts from fixed noise by the true inference chain."""
+        """Fixed prompts by the true chain: all from a first noise each, then from further ones."""
         count, listed = self.config.sample_prompts, self.sample_prompts
         stride = max(1, len(listed) // count)
-        prompts = [listed[i * stride % len(listed)] for i in range(count)]
-        seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count)]
+        noises = self.config.sample_noises
+        prompts = [listed[i * stride % len(listed)] for i in range(count)] * noises
+        seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count * noises)]
         with self.average.in_place():
             images = generate(
                 self.family,

@@ -1,12 +1,12 @@
 """kill -9 at random moments, while saving too: the resumed run equals the uninterrupted one.
 
-SHORTFT_KILLS says how often (default 6; docs/faults.md has the result of 100). Children are forked
-from a server that has imported everything, so that nothing is imported a hundred times.
+SHORTFT_KILLS says how often (default 6; docs/faults.md has the result of 100): one in eight before
+the first checkpoint, the others at moments after it. Children are forked from a server that has
+imported everything, so that nothing is imported a hundred times.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortft.checkpoint import any_in
 from shortft.config import Config
 from shortft.train import train
+from test_train import everything
 
 KILLS = int(os.environ.get("SHORTFT_KILLS", "6"))
 
@@ -26,18 +28,6 @@ KILLS = int(os.environ.get("SHORTFT_KILLS", "6"))
 def run(config: Config, resume: bool) -> None:
     torch.set_num_threads(1)
     train(config, resume=resume)
-
-
-def state(root: Path) -> dict[str, object]:
-    """Everything that decides a run's future, and its log without times and memory."""
-    newest = max((root / "checkpoints").glob("update-*"))
-    files = sorted([*newest.glob("*.safetensors"), *(root / "adapter").glob("*.safetensors")])
-    log = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "at_seconds", "peak_memory_bytes")
-    return {
-        "files": {f.name: f.read_bytes() for f in files},
-        "log": [{k: v for k, v in row.items() if k not in clock} for row in log],
-    }
 
 
 @pytest.mark.slow
@@ -55,30 +45,39 @@ def test_killed_anywhere_the_resumed_run_is_the_same(settings, tmp_path: Path):
     start("warm up").join()
     began = time.monotonic()
     child = start("whole")
+    wait_for(tmp_path / "whole" / "checkpoints", child)
+    first = time.monotonic() - began
     child.join()
     assert child.exitcode == 0
     length = time.monotonic() - began
-    expected = state(tmp_path / "whole")
-    chance, differ, killed = random.Random(0), 0, 0
+    expected = everything(tmp_path / "whole")
+    chance = random.Random(0)
+    counts = {"before any checkpoint": 0, "later": 0, "in saving": 0, "not in time": 0, "differ": 0}
     for trial in range(KILLS):
-        name = f"trial-{trial}"
-        child = start(name)
-        time.sleep(chance.uniform(0, 1.05 * length))
+        folder = tmp_path / f"trial-{trial}"
+        child = start(folder.name)
+        wait_for(folder / "checkpoints", child if trial % 8 else None)
+        time.sleep(chance.uniform(0, length - first) if trial % 8 else chance.uniform(0, first))
         if child.is_alive():
             os.kill(child.pid or 0, signal.SIGKILL)
-            killed += 1
-        child.join()
-        # Killed before its first checkpoint, a run starts anew.
-        saved = list((tmp_path / name / "checkpoints").glob("update-*"))
-        if not saved:
-            hidden = (tmp_path / name / "checkpoints").glob(".*")
-            assert all(p.name.startswith(".update-") for p in hidden)
-            child = start(f"{name}-anew")
-            name = f"{name}-anew"
+            child.join()
+            saved = any_in(folder / "checkpoints")
+            counts["later" if saved else "before any checkpoint"] += 1
+            counts["in saving"] += bool(list((folder / "checkpoints").glob(".*")))
         else:
-            child = start(name, resume=True)
+            child.join()
+            saved = True
+            counts["not in time"] += 1
+        child = start(folder.name, resume=saved)  # killed before its first checkpoint, it starts
         child.join()
-        assert child.exitcode == 0, name
-        differ += state(tmp_path / name) != expected
-        print(f"{trial + 1} of {KILLS} runs, {killed} killed, {differ} differ", flush=True)
-    assert differ == 0
+        assert child.exitcode == 0, folder
+        counts["differ"] += everything(folder) != expected
+        told = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        print(f"{trial + 1} of {KILLS} runs; killed {told}", flush=True)
+    assert counts["differ"] == 0
+
+
+def wait_for(checkpoints: Path, child: multiprocessing.process.BaseProcess | None) -> None:
+    """Until the first checkpoint is there or the child has ended; without a child, not at all."""
+    while child is not None and child.is_alive() and not any_in(checkpoints):
+        time.sleep(0.01)

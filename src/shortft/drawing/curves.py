@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +24,20 @@ from shortft.drawing.files import write_atomic
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#A0528A", "#666666"
 ALARM = "#B03A00"
 STAGE_SHADES = ("#F3F5F8", "#E6EAF0")
+
+
+class Panel(NamedTuple):
+    """A figure of the evaluations, and how its panel is called."""
+
+    key: str
+    title: str
+
+
+LOOKS = (
+    Panel("eval_diversity", "diversity: pictures of one prompt, 1 - cosine"),
+    Panel("eval_contrast", "contrast of the pictures"),
+    Panel("eval_saturated", "share of black and white pixels"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,17 +81,19 @@ def draw_curves(
     reward_name: str = "reward",
     held_out_name: str = "held-out scorer",
 ) -> Path:
-    """Draw `curves.png`: reward, evaluations and gradient norm of one run.
+    """Draw `curves.png`: reward, evaluations, gradient norm, and what pictures became, of one run.
 
     Update rows: `update`, `reward`, and if known `stage`, `grad_norm`, `seconds` (what this update
     took) and `parts` (name → value, the parts of a mixed reward). Evaluation rows: `update`,
-    `eval_reward`, and if known `eval_held_out`.
+    `eval_reward`, and if known `eval_held_out`, `eval_diversity`, `eval_contrast`,
+    `eval_saturated`, and `guard`, its alarm.
     """
     log = metrics if isinstance(metrics, Metrics) else read_metrics(metrics)
     updates = _column(log.updates, "update")
     minutes = np.cumsum(np.nan_to_num(_column(log.updates, "seconds"))) / 60
     parts = _part_names(log.updates)
-    rows = 2 + math.ceil(len(parts) / 2)
+    looks = [look for look in LOOKS if np.isfinite(_column(log.evaluations, look.key)).any()]
+    rows = 2 + math.ceil((len(looks) + len(parts)) / 2)
     figure = Figure(figsize=(11, 3.4 * rows + 0.3), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
@@ -119,13 +135,17 @@ def draw_curves(
     _frame(axes[3], "update", "gradient norm")
     norm = _column(log.updates, "grad_norm")
     _noisy(axes[3], updates, np.where(norm > 0, norm, np.nan), stages, PURPLE, "", log=True)
-    for axis, name in zip(axes[4:], parts, strict=False):
+    for axis, panel in zip(axes[4:], looks, strict=False):
+        _frame(axis, "update", panel.title)
+        _marks(axis, eval_updates, _column(log.evaluations, panel.key), ORANGE, "D", "")
+    first = 4 + len(looks)
+    for axis, name in zip(axes[first:], parts, strict=False):
         _frame(axis, "update", f"part of the reward: {name}")
         part = np.array([_number(row.get("parts", {}).get(name)) for row in log.updates])
         _noisy(axis, updates, part, stages, BLUE, "")
-    for axis in axes[2 : 4 + len(parts)]:
+    for axis in axes[2 : first + len(parts)]:
         _shade_stages(axis, updates, stages)
-    for axis in axes[4 + len(parts) :]:
+    for axis in axes[first + len(parts) :]:
         axis.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -1,0 +1,149 @@
+"""What is kept of a run: its checkpoints, the best LoRAs so far, and the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from shortft.adapter import AdapterInfo, copy_state, save_adapter
+from shortft.checkpoint import Checkpoint, save_checkpoint
+from shortft.config import parse_yaml, to_yaml
+from shortft.errors import UserError
+from shortft.optimizers import set_state, state_of
+from shortft.trainer import Trainer
+
+
+def keep(trainer: Trainer, log_bytes: int) -> None:
+    """Write a checkpoint: everything that decides how the run goes on.
+
+    Args:
+        log_bytes: length of the log that belongs to it.
+
+    Raises:
+        UserError: if the disk refuses; older checkpoints stay.
+    """
+    trainer.average.put_back()  # a signal may have come while it was in use
+    tensors: dict[str, dict[str, Tensor]] = trainer.average.state()
+    for number in trainer.numbers:
+        tensors[f"lora_{number}"] = trainer.nets.state_of(number)
+        tensors[f"optimizer_{number}"] = {
+            f"{name}/{key}": value
+            for name, parameter in trainer.nets.parameters_of(number).items()
+            for key, value in state_of(trainer.optimizer, parameter).items()
+        }
+    tensors |= {f"best_{number}": state for number, state in (trainer.best or {}).items()}
+    state = {
+        **vars(trainer.counters),
+        "log_bytes": log_bytes,
+        "inputs": trainer.inputs,
+        "config": to_yaml(trainer.config),
+        "guard": trainer.guard.state(),
+        "tripped": trainer.tripped,
+    }
+    save_checkpoint(
+        trainer.config.output_dir / "checkpoints",
+        trainer.counters.update,
+        tensors,
+        state,
+        keep=trainer.config.keep_checkpoints,
+    )
+
+
+def restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool = False) -> None:
+    """Go back to a checkpoint.
+
+    Raises:
+        UserError: if the prompts, or files that the settings name, are no longer those of the run,
+            or the checkpoint holds something else than this run would write.
+    """
+    try:
+        _restore(trainer, saved, allow_change=allow_change)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"--resume: {saved.path} does not hold this run's state ({error}); start a new run "
+            "in another --output-dir"
+        ) from error
+
+
+def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None:
+    config, counters, state = trainer.config, trainer.counters, saved.state
+    if state["inputs"] != trainer.inputs and not allow_change:
+        raise UserError(
+            "--resume: the prompts, the shortcut's file, a reward's file or a local model "
+            "changed since the checkpoint; restore them, pass --allow-change, or start a new "
+            "run in another --output-dir"
+        )
+    for number in trainer.numbers:
+        copy_state(trainer.nets, number, saved.tensors[f"lora_{number}"])
+        flat = saved.tensors[f"optimizer_{number}"]
+        for name, parameter in trainer.nets.parameters_of(number).items():
+            prefix = f"{name}/"
+            kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
+            if kept:
+                set_state(trainer.optimizer, parameter, kept)
+    trainer.average.restore(saved.tensors)
+    before = parse_yaml(str(state["config"]), "--resume: the checkpoint's configuration")
+    if before.get("held_out") == config.held_out:  # else its scores say nothing of the new one's
+        if "best_1" in saved.tensors:
+            trainer.best = {n: saved.tensors[f"best_{n}"] for n in trainer.numbers}
+        trainer.guard.restore(state.get("guard", {}))
+        trainer.tripped = bool(state.get("tripped")) and config.guard == "stop"
+    numbers = [state["log_bytes"], state.get("update", 0)]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"its counters are {numbers}")
+    for name in vars(counters):
+        setattr(counters, name, state.get(name, getattr(counters, name)))
+
+
+def keep_best(trainer: Trainer) -> None:
+    """Keep the LoRAs as they are now, or their average, as the best ones; write ``best/``."""
+    with trainer.average.in_place():
+        trainer.best = {
+            number: {k: v.detach().cpu().clone() for k, v in trainer.nets.state_of(number).items()}
+            for number in trainer.numbers
+        }
+    write_adapter(trainer, "best", trainer.best)
+
+
+def write_adapter(
+    trainer: Trainer,
+    folder: str = "adapter",
+    states: Mapping[int, dict[str, Tensor]] | None = None,
+) -> Path:
+    """Write LoRAs into a folder of the run: as they are now, or their average, or `states`."""
+    config, schedule = trainer.config, trainer.schedule
+    active = [step for step in trainer.inference.steps if step.adapters]
+    info = AdapterInfo(
+        base_model=config.model,
+        loras=trainer.nets.loras,
+        rank=config.rank,
+        segments=config.segments,
+        placement=trainer.placement,
+        num_steps=config.num_steps,
+        timesteps=[round(float(schedule.timesteps[step.start])) for step in active],
+        stacked=[step.adapters for step in active],
+        guidance_scale=trainer.guidance_scale,
+        resolution=config.resolution,
+        config=config.model_dump(mode="json"),
+    )
+    directory = config.output_dir / folder
+    with trainer.average.in_place():
+        save_adapter(trainer.nets, info, directory, states)
+    return directory
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """Largest size of a checkpoint: weights, AdamW's two moments, an average and the best weights,
+    in fp32.
+    """
+    config = trainer.config
+    watched = bool(config.sample_every or config.sample_times)
+    return (3 + bool(config.ema) + watched) * adapter_bytes(trainer)
+
+
+def adapter_bytes(trainer: Trainer) -> int:
+    """Size of an adapter, in fp32."""
+    groups = [trainer.nets.parameters_of(number).values() for number in trainer.numbers]
+    return 4 * sum(parameter.numel() for group in groups for parameter in group)

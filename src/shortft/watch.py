@@ -1,0 +1,96 @@
+"""What is seen on the way: pictures of the true chain, their scores, the guard's decision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shortft.drawing.progress import TrainProgress
+from shortft.errors import UserError
+from shortft.guard import Look
+from shortft.interrupts import Interrupts
+from shortft.kept import keep_best
+from shortft.metrics import Embedder, diversity, picture_statistics
+from shortft.metrics_log import MetricsLog
+from shortft.out_of_memory import advice, ran_out
+from shortft.rewards.clip import ClipReward
+from shortft.trainer import Trainer
+
+
+def look(
+    trainer: Trainer, log: MetricsLog, progress: TrainProgress, interrupts: Interrupts
+) -> None:
+    """Draw the fixed pictures by the true chain, score them, keep both; ask the guard.
+
+    Raises:
+        UserError: if memory runs out or a reward misbehaves; the run can go on from here.
+    """
+    try:
+        row, images = figures(trainer)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise UserError(advice(trainer.config, trainer.micro_batch)) from error
+    update = trainer.counters.update
+    seen = Look(update, row["eval_reward"], row.get("eval_held_out"))
+    if not seen.is_finite:
+        progress.log(f"update {update}: evaluation not finite, the guard passes over it")
+    interrupts.hold()  # what was seen, what is kept of it and that it is done go together
+    better, alarm = trainer.guard.see(seen)
+    if alarm and trainer.config.guard != "off":
+        row["guard"] = alarm
+        progress.log(f"guard: {alarm}")
+        trainer.tripped = trainer.config.guard == "stop"
+    if better:  # the start counts: a run may have to go back to it
+        row["best"] = True
+        keep_best(trainer)
+    log.write(row)
+    trainer.counters.look_due = False
+    interrupts.release()
+    if trainer.config.tensorboard:
+        shown = {k: v for k, v in row.items() if k.startswith("eval_")}
+        trainer.accelerator.log(shown, step=update)
+        writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
+        writer.add_images("samples", images, update)
+
+
+@torch.no_grad()
+def figures(trainer: Trainer) -> tuple[dict[str, Any], Tensor]:
+    """The evaluation's row of the log, and the pictures (B, 3, H, W) that its grid shows."""
+    from shortft.drawing.grids import save_grid
+
+    config, update = trainer.config, trainer.counters.update
+    trainer.seed_others()
+    prompts, pictures = trainer.pictures()
+    shown = pictures[: config.sample_prompts]
+    path = config.output_dir / "samples" / f"update-{update:06d}.png"
+    save_grid(path, [shown], [f"update {update}"], prompts[: config.sample_prompts])
+    on_device = pictures.to(trainer.family.device)
+    row: dict[str, Any] = {
+        "update": update,
+        "at_seconds": trainer.counters.seconds,
+        "eval_reward": trainer.score(trainer.reward, on_device, prompts),
+    }
+    if trainer.held_out is not None:
+        row["eval_held_out"] = trainer.score(trainer.held_out, on_device, prompts)
+    if config.sample_noises > 1:
+        row["eval_diversity"] = float(diversity(on_device, embedder(trainer), prompts).mean())
+    statistics = picture_statistics(pictures)
+    row["eval_contrast"] = float(statistics.contrast.mean())
+    row["eval_saturated"] = float((statistics.black + statistics.white).mean())
+    return row, shown
+
+
+def embedder(trainer: Trainer) -> Embedder:
+    """Features to compare pictures by: a CLIP's among the scorers, else thumbnails' pixels."""
+    scorers = [*(trainer.held_out.parts if trainer.held_out else ()), *trainer.reward.parts]
+    embeds = [part.embed_images for part, _ in scorers if isinstance(part, ClipReward)]
+    return embeds[0] if embeds else thumbnails
+
+
+def thumbnails(images_BCHW: Tensor) -> Tensor:
+    """(B, 768) pixels of 16 × 16 thumbnails about mid grey."""
+    return F.interpolate(images_BCHW.float(), (16, 16), mode="area").flatten(1) - 0.5

@@ -1,0 +1,259 @@
+"""What can go wrong in the middle of a run: told in one line, and nothing that was done is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import shortft.trainer
+from conftest import tiny_settings
+from shortft.cli import main
+from shortft.config import Config, to_yaml
+from shortft.errors import Stopped, Torn, UserError
+from shortft.kept import checkpoint_bytes
+from shortft.lock import only_one
+from shortft.train import train
+from shortft.trainer import Trainer
+from test_train import everything
+
+
+@pytest.fixture(scope="module")
+def whole(model, shortcut, tmp_path_factory) -> dict[str, object]:
+    """What the run comes to when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(Config(**tiny_settings(model, shortcut, folder)))
+    return everything(folder / "run")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: unspecified")])
+def test_an_update_that_fails_halfway_is_neither_repeated_nor_kept(
+    settings, whole, monkeypatch: pytest.MonkeyPatch, split: bool, error: Exception
+):
+    config = Config(**{**settings, "split_on_out_of_memory": split})
+    original, calls = torch.optim.AdamW.step, [0]
+
+    def halfway(self, *args):
+        calls[0] += 1
+        if calls[0] != 4:
+            return original(self, *args)
+        groups, self.param_groups = self.param_groups, self.param_groups[:1]
+        original(self, *args)  # the first LoRA is changed, the others are not
+        self.param_groups = groups
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", halfway)
+        with pytest.raises(Torn, match=r"while weights were being changed.* go on by --resume"):
+            train(config)
+    assert max((config.output_dir / "checkpoints").iterdir()).name == "update-000002"
+    assert not list(config.output_dir.glob(".lock.*"))
+    train(config, resume=True)
+    assert everything(config.output_dir) == whole
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("shortft.drawing.grids", "save_grid"),
+        ("shortft.metrics_log.MetricsLog", "write"),
+        ("shortft.kept", "save_adapter"),
+    ],
+)
+def test_a_full_disk_anywhere_is_one_line_and_the_run_goes_on(
+    settings, whole, monkeypatch: pytest.MonkeyPatch, capsys, owner: str, name: str, tmp_path: Path
+):
+    config = Config(**settings)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    module, _, kind = owner.rpartition(".")
+    place = getattr(__import__(module, fromlist=["x"]), kind)
+    original, calls = getattr(place, name), [0]
+
+    def full(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere.png")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: somewhere.png: cannot be written (No space left on device)")
+    assert any((config.output_dir / "checkpoints").iterdir())
+    train(config, resume=True)
+    found = everything(config.output_dir)
+    if name == "write":  # that row is lost, and only that
+        assert len(found.pop("log")) == len(whole["log"]) - 1  # type: ignore[arg-type]
+    assert found == {key: value for key, value in whole.items() if key in found}
+
+
+def test_a_log_that_fills_the_disk_keeps_whole_lines(tmp_path: Path):
+    """A real full disk, where the test may mount a small one."""
+    from shortft.metrics_log import MetricsLog
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("may not mount a small file system here")
+    try:
+        log = MetricsLog(disk / "metrics.jsonl", 0, enabled=True)
+        for update in range(500):
+            log.write({"update": update, "reward": 0.123456789})
+        with pytest.raises(OSError, match="No space left"):
+            log.write({"update": 500, "note": "x" * 65_536})
+        rows = [json.loads(line) for line in log.path.read_text().splitlines()]
+        assert [row["update"] for row in rows] == list(range(len(rows)))
+        assert len(rows) == 500
+    finally:
+        os.system(f"umount {disk}")
+
+
+OWN = """
+import torch
+
+class Late:
+    calls = 0
+
+    def __call__(self, images, prompts):
+        if not images.requires_grad:  # an evaluation
+            Late.calls += 1
+            if Late.calls == 2:
+                {fault}
+        return images.mean((1, 2, 3))
+
+late = Late()
+
+def rounded(images, prompts):
+    return (images * 255).round().mean((1, 2, 3))
+
+def chance(images, prompts):
+    return (images * torch.rand_like(images)).mean((1, 2, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("[][1]", "raised IndexError: list index out of range"),
+        ("import time; time.sleep(30)", "took longer than 1 s"),
+        ("return images", r"returned \(4, 3, 16, 16\)"),
+    ],
+)
+def test_a_reward_that_fails_at_an_evaluation_is_named(
+    settings, tmp_path: Path, fault: str, message: str
+):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(fault=fault))
+    config = Config(**{**settings, "reward": f"{file}:late", "reward_seconds": 1.0})
+    with pytest.raises(UserError, match=message):
+        train(config)
+    file.write_text(OWN.format(fault="pass"))
+    with pytest.raises(UserError, match="a reward's file or a local model changed"):
+        train(config, resume=True)
+    train(config, resume=True, allow_change=True)
+
+
+def test_a_reward_without_any_gradient_is_noticed(settings, tmp_path: Path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(fault="pass"))
+    config = Config(**{**settings, "reward": f"{file}:rounded"})
+    with pytest.raises(UserError, match=r"own.py:rounded: 3 updates .* a gradient of exactly 0"):
+        train(config)
+
+
+def test_a_reward_that_draws_random_numbers_goes_on_alike(settings, tmp_path: Path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN.format(fault="pass"))
+    settings |= {"reward": f"{tmp_path / 'own.py'}:chance"}
+    whole, parts = (Config(**{**settings, "output_dir": tmp_path / name}) for name in "ab")
+    train(whole)
+    step, calls = shortft.trainer.train_step, [0]
+
+    def stopped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 4:
+            torch.rand(7)  # somebody else draws as well
+            raise Stopped(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shortft.trainer, "train_step", stopped)
+        with pytest.raises(Stopped):
+            train(parts)
+    torch.manual_seed(99)
+    train(parts, resume=True)
+    assert everything(whole.output_dir) == everything(parts.output_dir)
+
+
+def test_out_of_memory_at_an_evaluation_keeps_a_checkpoint_and_advises(settings, monkeypatch):
+    config = Config(**settings)
+
+    def ran_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shortft.trainer.generate", ran_out)
+        with pytest.raises(UserError, match=r"out of memory .* go on by --resume with --recompute"):
+            train(config)
+    train(config, resume=True)
+
+
+def test_killed_in_the_first_save_the_same_command_starts_anew(settings, whole):
+    config = Config(**settings)
+    half = config.output_dir / "checkpoints" / ".update-000002.4242"
+    half.mkdir(parents=True)
+    (half / "lora_1.safetensors").write_bytes(b"half")
+    (config.output_dir / "metrics.jsonl").write_text('{"update": 1, "reward": 0.5}\n{"upd')
+    train(config)
+    assert everything(config.output_dir) == whole
+    assert not half.exists()
+
+
+def test_two_runs_do_not_share_a_folder(settings):
+    config = Config(**settings)
+    config.output_dir.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        with only_one(config.output_dir):
+            (config.output_dir / "held").touch()
+            while not (config.output_dir / "enough").exists():
+                pass
+        os._exit(0)
+    while not (config.output_dir / "held").exists():
+        pass
+    with pytest.raises(UserError, match=rf"another run is writing there \(process {pid}\)"):
+        train(config)
+    (config.output_dir / "enough").touch()
+    os.waitpid(pid, 0)
+    train(config)
+
+
+def test_room_is_asked_for_once(settings, monkeypatch: pytest.MonkeyPatch):
+    """A run that goes on has most of its checkpoints on the disk already."""
+    config = Config(**settings)
+    train(config.model_copy(update={"updates": 4}))
+    one = checkpoint_bytes(Trainer(config))
+    free = one + 50_000_000 + 10_000  # what is written next, small files
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    train(config, resume=True)
+    with pytest.raises(UserError, match="checkpoints and adapters take"):
+        train(config.model_copy(update={"output_dir": config.output_dir / "new"}))
+
+
+def test_a_log_that_lost_its_end_is_told(settings, capfd):
+    config = Config(**{**settings, "progress": True})
+    train(config.model_copy(update={"updates": 4}))
+    log = config.output_dir / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    train(config, resume=True)
+    printed = capfd.readouterr()
+    assert "bytes are lost, and with them the rows" in " ".join((printed.out + printed.err).split())
+    assert [json.loads(line)["update"] for line in log.read_text().splitlines()][-1] == 8
