@@ -88,7 +88,7 @@ def test_the_listed_memory_is_the_estimated_one(name: str):
 
 
 def test_options_that_save_memory_are_counted():
-    config = load_config(None, recipe("sd15-hps-24gb"))
+    config = load_config(None, {**recipe("sd15-hps-24gb"), "reward_device": "none"})
     folder = configurations(config.model)
     assert folder is not None
     usual = estimate(config, folder, gpu=True, speed=1e12).parts
@@ -99,6 +99,12 @@ def test_options_that_save_memory_are_counted():
     assert parts["rewards"] == usual["rewards"] // 2 > 0
     away = config.model_copy(update={"reward_device": "cpu"})
     assert estimate(away, folder, gpu=True, speed=1e12).parts["rewards"] == 0
+    # A visitor counts where its stay is what takes most; without recomputation it is always there.
+    visit = config.model_copy(update={"reward_device": "offload"})
+    found = estimate(visit, folder, gpu=True, speed=1e12).parts["rewards"]
+    assert 0 < found < usual["rewards"]
+    kept = visit.model_copy(update={"recompute": False})
+    assert estimate(kept, folder, gpu=True, speed=1e12).parts["rewards"] == usual["rewards"]
 
 
 def test_a_method_without_jumps_asks_for_no_shortcut():

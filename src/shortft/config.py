@@ -212,10 +212,11 @@ class Config(BaseModel):
         "fp32",
         description="Number format of the models that rewards are made of; scores are fp32 always.",
     )
-    reward_device: Literal["cpu"] | None = Field(
+    reward_device: Literal["cpu", "offload"] | None = Field(
         None,
-        description="Where those models live and run: 'cpu' leaves a GPU's memory to the chain; "
-        "none = beside the model.",
+        description="Where those models live: 'cpu' scores there, which is slow; 'offload' keeps "
+        "them there and lets them visit the GPU while they score, before the chain's backward "
+        "pass; none = beside the model.",
     )
     reward_seconds: float | None = Field(
         300.0, gt=0, description="Limit of one call of a reward, in seconds; none = no limit."

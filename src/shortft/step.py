@@ -102,14 +102,20 @@ def train_step(
         )
         images = decode(family, latents, recompute=recompute)  # [0, 1], still differentiable
         prompts = batch.prompts * (1 + plan.renoise)
-        parts = judge(reward, images, prompts, seconds=reward_seconds)  # each (B,)
-        scores = reward.combine(parts)  # higher is better
-        loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean()
+        # Backward in two parts: a reward's model is done before the chain's backward begins.
+        pixels = images.detach().requires_grad_()
+        with reward.at_work(pixels.device):
+            parts = judge(reward, pixels, prompts, seconds=reward_seconds)  # each (B,)
+            scores = reward.combine(parts)  # higher is better
+            loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean()
+            (loss / len(batches)).backward()
+        ends, pulls = [images], [pixels.grad]
         measured = {"reward": scores, **parts}
         if anchor:
             measured["drift"] = torch.stack(drifts)
-            loss = loss + anchor * measured["drift"].mean()
-        (loss / len(batches)).backward()
+            ends.append(anchor * measured["drift"].mean() / len(batches))
+            pulls.append(None)
+        torch.autograd.backward(ends, pulls)
         for name, part in measured.items():
             totals[name] = totals.get(name, 0) + part.detach().float().mean() / len(batches)
 

@@ -131,13 +131,11 @@ class Trainer:
             merge=config.merge,
             plain_jumps=config.shortcut == "plain",
         )
-        scored_on = config.reward_device or device
-        half = torch.bfloat16 if config.reward_precision == "bf16" else torch.float32
-        self.reward: WeightedSum = make_reward(config.reward, config.reward_model, scored_on, half)
+        self.reward = scorer_of(config, config.reward, device)
         own = held_out_scorer(config.model, device)
         self.held_out: WeightedSum | None = WeightedSum([(own, 1.0)]) if own else None
         if config.held_out:
-            self.held_out = make_reward(config.held_out, config.reward_model, scored_on, half)
+            self.held_out = scorer_of(config, config.held_out, device)
         if self.held_out is None:
             for option in ("best_by held_out", "guard stop"):
                 name, value = option.split()
@@ -357,8 +355,9 @@ class Trainer:
         Raises:
             UserError: naming the reward that misbehaves.
         """
-        parts = judge(scorer, images, prompts, seconds=self.config.reward_seconds)
-        return float(scorer.combine(parts).mean())
+        with scorer.at_work(images.device):
+            parts = judge(scorer, images, prompts, seconds=self.config.reward_seconds)
+            return float(scorer.combine(parts).mean())
 
     def pictures(self) -> tuple[list[str], Tensor]:
         """Fixed prompts by the true chain: all from a first noise each, then from further ones."""
@@ -404,6 +403,17 @@ def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:
         total += share
         bounds.append(round(total / sum(shares), 9))  # 0.1 + 0.2 is no more than 0.3
     return bounds
+
+
+def scorer_of(config: Config, spec: str, device: str) -> WeightedSum:
+    """A reward with its models where the configuration wants them."""
+    return make_reward(
+        spec,
+        config.reward_model,
+        "cpu" if config.reward_device else device,
+        torch.bfloat16 if config.reward_precision == "bf16" else torch.float32,
+        visits=config.reward_device == "offload",
+    )
 
 
 def training_prompts(config: Config) -> list[str]:

@@ -123,12 +123,13 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     numbers = lora_numbers(config, family)
     call, picture = _counted(family, lora_layers(family), guidance)
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
+    decoding, scoring = picture.kept * at_once, int(sum(gb for _, gb in models) * GB) * micro
     cost = Cost(
         forward=call.operations * micro / speed,
         gradient=2 * call.operations * micro / speed,  # frozen weights: backward costs as much
         decode=2 * picture.operations * micro / speed,
         call_bytes=call.kept * micro,
-        decode_bytes=picture.kept * at_once + int(sum(gb for _, gb in models) * GB) * micro,
+        decode_bytes=max(decoding, scoring) if config.recompute else decoding + scoring,
         steps=schedule.num_steps,
     )
     width = 2 if config.precision == "bf16" else 4
@@ -140,7 +141,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         "denoiser": weights * (2 if config.merge else 1),
         "latent decoder": parameters(family.vae) * (4 if family.vae_dtype == torch.float32 else 2),
         "text encoders": 0 if config.encode_ahead else encoders,
-        "rewards": 0 if gpu and config.reward_device else scored_by,
+        "rewards": resident_rewards(config, scored_by, scoring, cost) if gpu else scored_by,
         # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
         "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * numbers,
         "activations": max(
@@ -150,6 +151,17 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     encoding = weights + parts["latent decoder"] + encoders
     disk = disk_bytes(config, numbers)
     return Estimate(parts, encoding, disk, cost, stages, schedule, speed)
+
+
+def resident_rewards(config: Config, weights: int, scoring: int, cost: Cost) -> int:
+    """Bytes that reward models' weights add to a GPU's peak; `scoring` are their activations."""
+    if config.reward_device == "cpu":
+        return 0
+    if config.reward_device == "offload" and config.recompute:
+        # They are gone before the picture is decoded, or a call run, again for its backward pass.
+        peak = max(cost.call_bytes, cost.decode_bytes)
+        return max(peak, scoring + weights) - peak
+    return weights
 
 
 class Counted(NamedTuple):

@@ -13,12 +13,12 @@ from shortft.errors import UserError
 MEMORY_GB = {
     "emoji": 1.5,
     "sd15-hps": 55,
-    "sd15-hps-24gb": 15,
+    "sd15-hps-24gb": 11,
     "sd15-pick": 55,
     "sdxl-hps": 56,
-    "sdxl-hps-24gb": 24,
+    "sdxl-hps-24gb": 18.5,
     "sd3-pick": 46,
-    "sd3-pick-24gb": 19,
+    "sd3-pick-24gb": 16,
     "flux-hps": 68,
     "paper": 51,
 }

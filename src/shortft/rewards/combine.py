@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from shortft.rewards.base import Reward
+from shortft.rewards.visit import visiting
 
 
 class WeightedSum:
     """``sum(weight * reward)`` over its parts; a single part of weight 1 is that part itself.
 
     Pictures are scored on `device`, None = where they are; scores and gradient come back to them.
+    With `visits` the models wait where they are and score on the pictures' device, in `at_work`.
 
     To log the parts without scoring twice::
 
@@ -25,17 +28,24 @@ class WeightedSum:
         self,
         parts: Sequence[tuple[Reward, float]],
         device: torch.device | str | None = None,
+        *,
+        visits: bool = False,
     ) -> None:
         if not parts:
             raise ValueError("WeightedSum needs at least one reward")
         self.parts = tuple(parts)
-        self.device = device
+        self.device = None if visits else device
+        self.visits = visits
         single = self.parts[0][0] if len(parts) == 1 else None
         self.name = (
             single.name if single else ",".join(f"{part.name}:{w:g}" for part, w in self.parts)
         )
         self.report_name = single.report_name if single else self.name
         self.report_higher_is_better = single.report_higher_is_better if single else True
+
+    def at_work(self, device: torch.device | str) -> AbstractContextManager[None]:
+        """Where pictures on `device` are scored and the gradient in their pixels is taken."""
+        return visiting(self, device) if self.visits else nullcontext()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), differentiable in the pixels."""

@@ -93,6 +93,8 @@ def make_reward(
     models: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    *,
+    visits: bool = False,
 ) -> WeightedSum:
     """Build the reward that `spec` names, one name or a weighted mix.
 
@@ -102,6 +104,7 @@ def make_reward(
             the hub for the others.
         device: where models live and pictures are scored.
         dtype: number format of models, None = float32; scores are float32 always.
+        visits: models live on `device` and score on the pictures' (`WeightedSum.at_work`).
 
     Raises:
         UserError: bad specification, or a model cannot be loaded.
@@ -125,7 +128,7 @@ def make_reward(
         return load_own(name, device)
 
     parts = [(make(name), weight) for name, weight in parse_reward_spec(spec)]
-    return WeightedSum(parts, device)
+    return WeightedSum(parts, device, visits=visits)
 
 
 def held_out_scorer(model: str, device: torch.device | str = "cpu") -> ClipReward | None:
