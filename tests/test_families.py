@@ -94,6 +94,7 @@ def test_chain_equals_the_familys_own_pipeline(models: dict[str, Path], name: st
 @pytest.mark.parametrize(
     ("name", "options", "scale"),
     [
+        ("sd", {"second": True}, SCALE),
         ("sdxl", {"zeros_for_empty": False}, SCALE),
         ("sd3", {"t5": False}, SCALE),
         ("flux", {"guidance_embeds": False}, 1.0),
@@ -101,7 +102,7 @@ def test_chain_equals_the_familys_own_pipeline(models: dict[str, Path], name: st
     ],
 )
 def test_variants_of_a_family(tmp_path: Path, name: str, options: dict[str, bool], scale: float):
-    """SDXL with an encoded empty prompt, SD3 without T5, FLUX.1-schnell, distilled FLUX.2."""
+    """SD 2.x (v-prediction), SDXL with an encoded empty prompt, SD3 without T5, distilled FLUX."""
     pipe = tiny(name, **options)
     family = load_family(str(save(pipe, tmp_path)), device="cpu")
     nets = ModelNetworks(family, guidance=Guidance(scale))

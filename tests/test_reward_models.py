@@ -5,6 +5,7 @@ Models are tiny and random, saved in the layout and under the names of the files
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,8 +149,7 @@ def test_papers_mix(folder):
     assert mix.name == "pickscore:10,hpsv2:2,aesthetic:0.05"
 
 
-@pytest.mark.parametrize("size", [32, (41, 72)])
-def test_siglip_is_the_published_one(tmp_path, size):
+def save_siglip(directory: Path) -> tuple[SiglipModel, PreTrainedTokenizerFast, Any]:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(TOKENIZER / "tokenizer.json"),
@@ -167,10 +167,15 @@ def test_siglip_is_the_published_one(tmp_path, size):
         model = SiglipModel(config).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
     processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(directory)
+    return model, tokenizer, processor
+
+
+@pytest.mark.parametrize("size", [32, (41, 72)])
+def test_siglip_is_the_published_one(tmp_path, size):
+    model, tokenizer, processor = save_siglip(tmp_path)
     images = scenes(4, size)
     pixels = processor(to_uint8(images), return_tensors="pt").pixel_values
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -181,3 +186,20 @@ def test_siglip_is_the_published_one(tmp_path, size):
     tolerance = 1e-4 if size == 32 else 0.05
     assert expected.std() > 1e-3
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=tolerance * float(expected.std()))
+
+
+def test_siglip_has_gradient_everywhere_and_no_batch_or_number_format_matters(tmp_path):
+    save_siglip(tmp_path)
+    reward, images, prompts = ClipReward.load(tmp_path), scenes(8).requires_grad_(), PROMPTS * 2
+    together = reward(images, prompts)
+    alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(together.sum(), images)
+    assert gradient.isfinite().all()
+    assert (gradient.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax((1, 4, 5)) > 0).all()
+    half = ClipReward.load(tmp_path, dtype=torch.bfloat16)(images, prompts)
+    assert (half.dtype, bool((half - together).abs().max() < 0.15 * together.std())) == (
+        torch.float32,
+        True,
+    )
+    assert torch.autograd.grad(half.sum(), images)[0].isfinite().all()

@@ -128,9 +128,17 @@ def autoencoder(kind: Any = AutoencoderKL, **options: Any) -> Any:
     )
 
 
-def tiny_sd() -> StableDiffusionPipeline:
-    """Stable Diffusion's layers as `tiny_pipeline` has them, with its decoder's attention."""
-    pipeline = tiny_pipeline()
+def tiny_sd(*, second: bool = False) -> StableDiffusionPipeline:
+    """Stable Diffusion's layers as `tiny_pipeline` has them, with its decoder's attention.
+
+    Args:
+        second: as in 2.x: v-prediction, linear projections, heads of one width.
+    """
+    pipeline = tiny_pipeline("v_prediction" if second else "epsilon")
+    if second:
+        config = {**pipeline.unet.config, "use_linear_projection": True}
+        torch.manual_seed(1)
+        pipeline.unet = UNet2DConditionModel.from_config({**config, "attention_head_dim": (1, 2)})
     pipeline.vae = autoencoder(latent_channels=4, scaling_factor=0.18215)
     return pipeline
 

@@ -76,9 +76,12 @@ def load_pipeline(
         remedy = "give `emoji`, a directory saved by save_pretrained, or a hub id"
         if source.file is not None:
             remedy = f"check that --pipeline ({source.pipeline}) is of the same kind"
+        # What diffusers looks up by name or place in a file of another kind says nothing to a user.
+        foreign = isinstance(error, LookupError)
+        reason = "its weights are named otherwise" if foreign else first_line(error)
         raise UserError(
             f"--model {source.name}: cannot be loaded as a {pipeline_class.__name__} "
-            f"({first_line(error)}); {remedy}"
+            f"({reason}); {remedy}"
         ) from error
 
 
