@@ -279,3 +279,9 @@ def test_a_reward_that_cannot_be_read_leaves_an_earlier_run_alone(
     command = train(model, out, "--shortcut", "none", *options, "--updates", 2, "--allow-change")
     assert "not open_clip's ViT-H-14" in told(*command)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_hub_out_of_reach_is_called_that(told: Told, tmp_path: Path):
+    """The tests run offline: the libraries then say that the repository lacks a file."""
+    said = told("sample", "--model", "owner/name", "--prompt", "x", "--output-dir", tmp_path / "s")
+    assert "--model owner/name: no model there (the hub cannot be reached" in said

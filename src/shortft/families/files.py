@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from shortft.errors import UserError
@@ -124,5 +125,13 @@ def latent_side(
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, for use inside another message."""
+    """An error's first line, for use inside another message.
+
+    Libraries say of a hub that does not answer that it lacks a file; this says what is the matter.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "the hub cannot be reached, and its cache on this machine has no copy"
+        cause = cause.__cause__ or cause.__context__
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
