@@ -389,6 +389,7 @@ CASES: list[tuple[str, Choices]] = [
     ("thinned", {}),
     ("thinned", {"calls": 1}),
     ("thinned", {"calls": N}),
+    ("thinned", {"even": True}),
     ("alignprop", {}),
     ("alignprop", {"shortest": 0.5, "longest": 1.0}),
     ("refl", {}),
@@ -820,6 +821,18 @@ def test_range_of_thinned(calls: int):
     columns = list(zip(*made, strict=True))[1:]
     for column, (low, high) in zip(columns, itertools.pairwise(edges), strict=True):
         spread(column, range(low, high))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4, 6])
+def test_range_of_thinned_at_equal_distances(calls: int):
+    """Every point but 0 is met; neighbours lie (n - 1) / (calls - 1) apart, up to rounding."""
+    given = {"calls": calls, "even": True}
+    made = [trained(plan) for plan in plans("thinned", given, Toy("flow"), 400)]
+    assert all(points[0] == 0 and len(points) == calls for points in made)
+    assert {p for points in made for p in points[1:]} == (set(range(1, 12)) if calls > 1 else set())
+    apart = 11 / max(1, calls - 1)
+    for points in made:
+        assert all(abs(b - a - apart) < 1 for a, b in itertools.pairwise(points[1:]))
 
 
 @pytest.mark.parametrize(

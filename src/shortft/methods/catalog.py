@@ -189,7 +189,8 @@ METHODS: dict[str, Method] = {
         {
             "calls": Option(
                 6, "calls of the thinned chain; measured, see docs/measurements.md", low=1
-            )
+            ),
+            "even": Option(False, "points at equal distances from one random offset"),
         },
     ),
     "full": Method(

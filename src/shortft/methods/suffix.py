@@ -34,11 +34,12 @@ def full(schedule: Schedule, draw: torch.Generator) -> Plan:
     return draft_k(schedule, draw, k=schedule.num_steps)
 
 
-def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
+def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int, even: bool) -> Plan:
     """A random thinning of the chain, with gradient through all of it (ours).
 
     From point 0 over `calls` - 1 points, one drawn from each of as many equal parts of those that
-    are left, to the end. So the chain is short, and every timestep is met in training.
+    are left, to the end. So the chain is short, and every timestep is met in training. With `even`
+    one offset is drawn for all parts: the points then lie at equal distances.
     """
     n = schedule.num_steps
     if calls > n:
@@ -46,8 +47,12 @@ def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int) -> Plan:
             f"calls = {calls}, but the chain has {n} steps; give at most --method-options calls={n}"
         )
     parts = max(1, calls - 1)
-    edges = [1 + i * (n - 1) // parts for i in range(calls)]
-    drawn = [integer(draw, low, high - 1) for low, high in itertools.pairwise(edges)]
+    if even:
+        offset = integer(draw, 0, max(0, n - 2))
+        drawn = [1 + (i * (n - 1) + offset) // parts for i in range(calls - 1)]
+    else:
+        edges = [1 + i * (n - 1) // parts for i in range(calls)]
+        drawn = [integer(draw, low, high - 1) for low, high in itertools.pairwise(edges)]
     pairs = itertools.pairwise([0, *drawn, n])
     return Plan(tuple(Step(i, j, "policy", 1, trains=True) for i, j in pairs), (1,))
 
