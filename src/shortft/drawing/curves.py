@@ -259,6 +259,8 @@ def _shade_stages(axis: Axes, x: np.ndarray, stages: Sequence[tuple[int, slice]]
     edges = [0.0] + [float(x[rows.stop - 1]) for _, rows in stages]
     for n, (stage, _) in enumerate(stages):
         axis.axvspan(edges[n], edges[n + 1], color=STAGE_SHADES[n % 2], zorder=-2, lw=0)
+        if len(stages) == 1:  # a method without stages, or not past the first one
+            continue
         label = f"stage {stage}" if edges[n + 1] - edges[n] > 0.1 * edges[-1] else f"{stage}"
         middle = (edges[n] + edges[n + 1]) / 2
         axis.text(
