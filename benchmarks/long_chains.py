@@ -131,7 +131,7 @@ def score(trainer: Any) -> float:
 
     prompts, images = trainer.pictures()
     with torch.no_grad():
-        return float(trainer.reward(images, prompts).mean())
+        return float(trainer.score(trainer.reward, images.to(trainer.family.device), prompts))
 
 
 def measure(trainer: Any, stage: int, updates: int) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors import SafetensorError
 
 from shortft import load_adapter
 from shortft.adapter import AdapterInfo, load_into, read_info, save_adapter
@@ -241,3 +243,26 @@ def test_the_users_own_lora_stays_active(tmp_path: Path):
     router.remove()
     torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
     assert nets.loras == 4
+
+
+def test_a_full_disk_keeps_the_adapter_before_it_and_what_others_put_there(tmp_path, monkeypatch):
+    """safetensors tells it by an exception of its own, which is no OSError."""
+    directory = tmp_path / "adapter"
+    nets = make_adapter(directory)
+    info = read_info(directory)
+    (directory / "README.md").write_text("mine")
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(nets.family, "save_lora", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        save_adapter(nets, info, directory)
+    assert told.value.errno == errno.ENOSPC
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+    monkeypatch.undo()
+    directory.rename(directory.with_name(f".{directory.name}.old"))  # a crash between two renames
+    save_adapter(nets, info, directory)
+    assert {file.name for file in directory.iterdir()} == set(before)
+    assert [file.name for file in directory.parent.iterdir() if file.name.startswith(".")] == []

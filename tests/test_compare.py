@@ -355,6 +355,27 @@ def test_one_reward_may_find_the_rates_of_all(base, trained):
     assert {job.learning_rate for job in runs} == {1e-2}
 
 
+def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatch):
+    words = "error: --reward symmetry: 10 updates in a row had a reward that is not finite"
+
+    def train(command: list[str], stdout: Any, **_: Any) -> Any:
+        rate = load_config(Path(command[4])).learning_rate
+        assert command[5:] == ["--auto-resume"]
+        stdout.write(words if rate > 1e-2 else "")
+        return type("Done", (), {"returncode": 2 if rate > 1e-2 else 0})
+
+    monkeypatch.setattr(compare.subprocess, "run", train)
+    methods, search = ("shortft", "refl"), (1e-3, 1e-2, 1e-1)
+    shop = workshop(base, Comparison(methods, ("symmetry",), 1, search=search, num_prompts=6))
+    compare.run_all(shop, pretended, lambda _: None)
+    assert shop.learning_rate("symmetry", "refl") == 1e-2
+    (failed,) = [t for t in shop.trials() if t.method == "refl" and t.learning_rate == 1e-1]
+    assert "10 updates in a row" in compare.read_result(failed)["failed"]
+    job = next(job for job in shop.jobs() if not job.search)
+    with pytest.raises(UserError, match="training failed"):
+        compare.run_job(shop.config(dataclasses.replace(job, learning_rate=1.0)), job, pretended)
+
+
 def test_our_own_methods_are_no_rivals():
     gains = {"thinned:calls=4": [3.0], "shortft_segments": [2.5], "refl": [2.0]}
     results = results_of({"clip": gains})
@@ -406,7 +427,8 @@ def test_budgets_name_what_there_is(base, budget: str):
         ({"budget": "laptop", "noises": 1}, "give 2 or more"),
         ({"budget": "laptop", "search": ("x",)}, "--search x: give learning rates"),
         ({"budget": "laptop", "search": ("-1",)}, "lie above 0"),
-        ({"budget": "laptop", "search_further": -1}, "--search-further -1: must be 0 or more"),
+        ({"budget": "full", "search_further": -1}, "--search-further -1: must be 0 or more"),
+        ({"budget": "laptop", "search_reward": "clip"}, "there is no search"),
     ],
 )
 def test_mistakes(given: dict[str, Any], message: str):

@@ -40,10 +40,14 @@ def test_a_good_one_passes_and_is_measured_once(tmp_path: Path):
     assert kept["guided"] == kept["base"]  # it runs with the chain's own guidance
     require_faithful(trainer, told.append)
     assert len(told) == 2
+    (tmp_path / "run" / RECORD).write_text('{"about": ')  # cut off: it is measured again
+    require_faithful(trainer, told.append)
+    assert len(told) == 4
+    told.clear()
     shipped = trainer.config.model_copy(update={"shortcut": "auto", "output_dir": tmp_path})
     trainer.config = shipped
     require_faithful(trainer, told.append)
-    assert len(told) == 2
+    assert told == []
 
 
 def test_errors_are_those_of_shortft_check(settings: dict[str, Any]):

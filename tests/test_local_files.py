@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 import shortft.preflight.files
 from shortft.config import Config
 from shortft.errors import UserError
-from shortft.kept import adapter_bytes, checkpoint_bytes
-from shortft.preflight.estimate import check_room
+from shortft.preflight.estimate import SMALL_FILES, check_room, disk_bytes
 from shortft.preflight.files import check_local_files, problems
 from shortft.quiet import quiet
-from shortft.trainer import Trainer
+from shortft.train import train
 from test_bad_input import lora_of
 from test_lora_files import FAMILIES
 from test_reward_models import folder  # noqa: F401
@@ -223,23 +222,32 @@ def test_every_problem_is_listed_by_its_role(model: Path, folder, tmp_path):  # 
 # Room on the disk
 
 
-def test_room_is_counted_as_training_counts_it(settings, monkeypatch):
-    config = Config(**settings)
-    trainer = Trainer(config)
-    needed = checkpoint_bytes(trainer) * (config.keep_checkpoints + 1) + 3 * adapter_bytes(trainer)
+def test_room_is_counted_as_a_run_takes_it(settings, monkeypatch):
+    config = Config(**{**settings, "ema": 0.5})
+    train(config)
+
+    def numbers(*folders: Path) -> int:
+        """Of tensors; headers are small where models are not."""
+        files = [file for place in folders for file in place.glob("*.safetensors")]
+        tensors = [t for file in files for name, t in load_file(file).items() if "step" not in name]
+        return sum(tensor.numel() for tensor in tensors)
+
+    root = config.output_dir
+    newest = max((root / "checkpoints").iterdir())
+    taken = 4 * (numbers(newest) * (config.keep_checkpoints + 1) + 3 * numbers(root / "adapter"))
+    fresh = config.model_copy(update={"output_dir": root / "new"})
+    needed = disk_bytes(fresh, numbers(root / "adapter"))
+    assert needed == taken + SMALL_FILES
     for free in (needed - 1, needed):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if free < needed:
             with pytest.raises(UserError, match="but the run's checkpoints and adapters take"):
-                check_room(config)
+                check_room(fresh)
         else:
-            check_room(config)
-    (config.output_dir / "checkpoints").mkdir(parents=True)
-    (config.output_dir / "checkpoints" / "one").write_bytes(bytes(needed))  # continued
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: SimpleNamespace(free=checkpoint_bytes(trainer))
-    )
-    check_room(config)
+            check_room(fresh)
+    # One that goes on has most of it already: one more checkpoint will do.
+    (root / "checkpoints" / "as large as all").write_bytes(bytes(taken))
+    assert disk_bytes(config, numbers(root / "adapter")) == 4 * numbers(newest) + SMALL_FILES
 
 
 @pytest.mark.parametrize("what", ["model", "shortcut", "reward", "disk"])
@@ -260,5 +268,5 @@ def test_training_tells_all_of_it_before_a_model_is_loaded(what, settings, tmp_p
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError):
-        Trainer(Config(**settings))
+        train(Config(**settings))
     assert not (tmp_path / "hacked").exists()

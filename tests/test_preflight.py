@@ -162,7 +162,7 @@ def test_one_clear_line_where_something_stands_in_the_way(
     assert "no shortcut ships" in error("--shortcut", "auto")
     assert "--recompute" in error("--no-recompute", "--accumulation", "1")
     assert "--resolution 500" in error("--resolution", "500")
-    (online / "run" / "checkpoints").mkdir(parents=True)
+    (online / "run" / "checkpoints" / "update-000050").mkdir(parents=True)
     assert "pass --resume" in error("--output-dir", "run")
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**9)
     assert "downloads take" in error()

@@ -13,6 +13,7 @@ from shortft.config import Config
 from shortft.rewards.combine import Conservative, WeightedSum
 from shortft.rewards.visit import models_in, visiting
 from shortft.trainer import Trainer
+from shortft.watch import figures
 from test_train import weights_of
 
 
@@ -25,7 +26,7 @@ class Scorer:
         self.name = name
         self.model = nn.Linear(3, 1)
         self.model.register_buffer("shift", torch.ones(1))
-        self.tools = SimpleNamespace(heads=[nn.Linear(1, 1), self.model], owner=self)
+        self.tools = SimpleNamespace(heads={0: nn.Linear(1, 1), 1: self.model}, owner=self)
         self.seen: list[str] = []
 
     def __call__(self, images: Tensor, prompts: object) -> Tensor:
@@ -115,9 +116,8 @@ def test_an_update_scores_and_takes_the_gradient_within_the_visit(settings, monk
     assert {what for what, _ in judged} == {"forward", "backward"}
     assert all(inside for _, inside in judged)
     judged.clear()
-    prompts, images = away.pictures()
-    away.score(away.reward, images, prompts)
-    assert judged == [("forward", True)]
+    figures(away)  # scores the reward, and compares pictures by the same CLIP
+    assert judged == [("forward", True)] * 2
     monkeypatch.undo()
     plain.update()
     one, two = weights_of(plain), weights_of(away)

@@ -6,6 +6,7 @@ An adapter is a directory: one LoRA file per number in diffusers' own layout, an
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -92,8 +93,8 @@ def save_adapter(
     """
     scratch = directory.parent / f".{directory.name}.new"
     old = directory.parent / f".{directory.name}.old"
-    for left in (scratch, old):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    _put_back(old, directory)  # of a swap that a crash cut short
     scratch.mkdir(parents=True)
     try:
         for number in range(1, nets.loras + 1):
@@ -107,11 +108,21 @@ def save_adapter(
         if directory.exists():
             directory.rename(old)
         scratch.rename(directory)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if old.exists() and not directory.exists():
-            old.rename(directory)
-        raise
+        _put_back(old, directory)
+        if isinstance(error, OSError):
+            raise
+        full = "os error 28" in str(error)  # safetensors has exceptions of its own
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, os.strerror(code), str(directory)) from error
+    _put_back(old, directory)
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Undo or finish a swap: the old directory itself, or what others had put into it."""
+    if old.exists() and not directory.exists():
+        old.rename(directory)
     for other in old.glob("*"):
         if not (directory / other.name).exists() and not _LORA_FILE.fullmatch(other.name):
             other.rename(directory / other.name)

@@ -140,7 +140,12 @@ def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 def any_in(root: Path) -> bool:
     """Whether a checkpoint was ever finished there, damaged or not."""
-    return bool(_all(root) or list(root.glob(f"{ASIDE}update-*")))
+    return bool(names_in(root))
+
+
+def names_in(root: Path) -> list[str]:
+    """The folders of checkpoints there, hidden ones included."""
+    return sorted(p.name for p in (*_all(root), *root.glob(f"{ASIDE}update-*")))
 
 
 def _read(path: Path) -> Checkpoint:

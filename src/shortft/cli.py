@@ -126,9 +126,11 @@ def train(
     refuse_links(config.output_dir, RUN)
     if dry_run:
         print(to_yaml(config), end="", flush=True)
+        from shortft.checkpoint import any_in
         from shortft.preflight.dry_run import dry_run as check_run
 
-        check_run(config, resume=resume)
+        started = any_in(config.output_dir / "checkpoints")
+        check_run(config, resume=resume or (auto_resume and started))
         return
     from shortft.train import train
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -237,14 +238,16 @@ def run_job(
     """
     settings = job.folder / "run.yaml"
     write_atomic(settings, to_yaml(config).encode())
-    command = [sys.executable, "-m", "shortft", "train", str(settings)]
-    if (job.folder / "checkpoints").exists():
-        command.append("--resume")
+    command = [sys.executable, "-m", "shortft", "train", str(settings), "--auto-resume"]
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         text = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
         words = text.splitlines()[-1] if text else ""
+        if job.search and "updates in a row" in words:  # a rate too high to train with: the worst
+            failed = {"failed": words, "reward": {"before": None, "after": None}}
+            write_atomic(job.folder / RESULT, (json.dumps(failed, indent=2) + "\n").encode())
+            return
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
     result = {
         **evaluate_run(job, config),
@@ -290,8 +293,13 @@ def _alive(pid: int) -> bool:
 
 
 def _best(trials: Sequence[Job]) -> float:
-    """The rate of the trial with the largest reward."""
-    return max(trials, key=lambda trial: float(read_result(trial)["reward"]["after"])).learning_rate
+    """The rate of the trial with the largest reward; one that failed has none."""
+
+    def reward(trial: Job) -> float:
+        found = read_result(trial)["reward"]["after"]
+        return -math.inf if found is None else float(found)
+
+    return max(trials, key=reward).learning_rate
 
 
 def _rounded(rate: float) -> float:

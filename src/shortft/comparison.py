@@ -143,6 +143,10 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
     for name in {"seeds", "minutes", "search_minutes", "looks", "num_prompts"} & values.keys():
         if values[name] <= 0:
             raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
+    if len(values["search"]) < 2 and (values["search_further"] or values["search_reward"]):
+        raise UserError(
+            "--search-further, --search-reward: there is no search; give --search two or more rates"
+        )
     if values["search_further"] < 0:
         raise UserError(f"--search-further {values['search_further']}: must be 0 or more")
     if values["noises"] < 2:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
         return
     record = config.output_dir / RECORD
     about = described(trainer)
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("about") == about:
+    if _recorded(record) == about:
         return
     own, chain = trainer.nets.shortcut_guidance.scale, trainer.nets.guidance.scale
     calls = trainer.schedule.num_steps + (2 if own == chain else 3) * len(jumps)
@@ -132,3 +133,11 @@ def jump_errors(trainer: Trainer, jumps: list[Step]) -> dict[str, float]:
                 missed[name].append((landed - end).flatten(1).norm(dim=1) / moved)
     errors = {name: float(torch.cat(parts).mean()) for name, parts in missed.items()}
     return {"guided": errors["base"], **errors}
+
+
+def _recorded(record: Path) -> object:
+    """What an earlier check was about; None where there is none, or a damaged one."""
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8"))).get("about")
+    except (OSError, ValueError, TypeError):
+        return None

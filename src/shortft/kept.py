@@ -14,6 +14,17 @@ from shortft.errors import UserError
 from shortft.optimizers import set_state, state_of
 from shortft.trainer import Trainer
 
+# What an evaluation's scores depend on: if it changes, earlier ones say nothing of later ones.
+MEASURED_BY = (
+    "reward",
+    "held_out",
+    "sample_from",
+    "sample_prompts",
+    "sample_noises",
+    "num_steps",
+    "guidance_scale",
+)
+
 
 def keep(trainer: Trainer, log_bytes: int) -> None:
     """Write a checkpoint: everything that decides how the run goes on.
@@ -85,7 +96,8 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
                 set_state(trainer.optimizer, parameter, kept)
     trainer.average.restore(saved.tensors)
     before = parse_yaml(str(state["config"]), "--resume: the checkpoint's configuration")
-    if before.get("held_out") == config.held_out:  # else its scores say nothing of the new one's
+    now = config.model_dump(mode="json")
+    if all(before.get(name) == now[name] for name in MEASURED_BY):
         if "best_1" in saved.tensors:
             trainer.best = {n: saved.tensors[f"best_{n}"] for n in trainer.numbers}
         trainer.guard.restore(state.get("guard", {}))
@@ -132,18 +144,3 @@ def write_adapter(
     with trainer.average.in_place():
         save_adapter(trainer.nets, info, directory, states)
     return directory
-
-
-def checkpoint_bytes(trainer: Trainer) -> int:
-    """Largest size of a checkpoint: weights, AdamW's two moments, an average and the best weights,
-    in fp32.
-    """
-    config = trainer.config
-    watched = bool(config.sample_every or config.sample_times)
-    return (3 + bool(config.ema) + watched) * adapter_bytes(trainer)
-
-
-def adapter_bytes(trainer: Trainer) -> int:
-    """Size of an adapter, in fp32."""
-    groups = [trainer.nets.parameters_of(number).values() for number in trainer.numbers]
-    return 4 * sum(parameter.numel() for group in groups for parameter in group)

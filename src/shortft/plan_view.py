@@ -35,7 +35,8 @@ def measure_cost(trainer: Trainer) -> Cost:
 
     def decode() -> None:
         images = trainer.family.decode(noise.clone().requires_grad_())
-        trainer.reward(images, batch.prompts).sum().backward()
+        with trainer.reward.at_work(images.device):
+            trainer.reward(images, batch.prompts).sum().backward()
 
     costs = []
     for action in (forward, gradient, decode):

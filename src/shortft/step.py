@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shortft.chain import run_chain
-from shortft.errors import Torn
+from shortft.errors import Torn, UserError
 from shortft.families.base import Conditioning, Family
 from shortft.judge import judge
 from shortft.networks import ModelNetworks
@@ -105,11 +105,18 @@ def train_step(
         # Backward in two parts: a reward's model is done before the chain's backward begins.
         pixels = images.detach().requires_grad_()
         with reward.at_work(pixels.device):
-            parts = judge(reward, pixels, prompts, seconds=reward_seconds)  # each (B,)
+            # A copy, since a reward may work in place.
+            parts = judge(reward, pixels.clone(), prompts, seconds=reward_seconds)
             scores = reward.combine(parts)  # higher is better
             loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean()
             (loss / len(batches)).backward()
-        ends, pulls = [images], [pixels.grad]
+        if pixels.grad is None:
+            raise UserError(
+                f"--reward {reward.name}: no gradient reaches the pixels; compute the scores from "
+                "them, without detach"
+            )
+        ends: list[Tensor] = [images]
+        pulls: list[Tensor | None] = [pixels.grad]
         measured = {"reward": scores, **parts}
         if anchor:
             measured["drift"] = torch.stack(drifts)

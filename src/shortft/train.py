@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shortft import kept
-from shortft.checkpoint import any_in, load_latest
+from shortft.checkpoint import load_latest, names_in
 from shortft.config import Config, option_name, parse_yaml, to_yaml
 from shortft.confined import RUN, refuse_links
 from shortft.drawing.curves import draw_curves
@@ -23,12 +23,10 @@ from shortft.interrupts import Interrupts
 from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
+from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
-from shortft.space import check_space, size_of
 from shortft.trainer import Trainer
 from shortft.watch import look
-
-SMALL_FILES = 50_000_000  # bytes for pictures, logs and curves
 
 
 def train(
@@ -51,7 +49,8 @@ def train(
     """
     root = config.output_dir
     refuse_links(root, RUN)
-    started = any_in(root / "checkpoints")
+    found = names_in(root / "checkpoints")
+    started = bool(found)
     if auto_resume:
         resume = started
     elif not resume and started:
@@ -63,6 +62,7 @@ def train(
         notes += check_same_run(
             str(saved.state.get("config", "")), config, allow_change=allow_change
         )
+    check_room(config)
     trainer = Trainer(config)
     log_bytes = 0
     if saved is not None:
@@ -71,9 +71,14 @@ def train(
     trainer.check_same_start()
     with ExitStack() as stack, telling_of_disk(root):
         if trainer.accelerator.is_main_process:
-            check_room(trainer)
+            check_room(config, trainer.lora_numbers)
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(only_one(root))
+            if names_in(root / "checkpoints") != found:
+                raise UserError(
+                    f"--output-dir {root}: another run wrote checkpoints there meanwhile; start "
+                    "again, with --resume or --auto-resume"
+                )
             write_atomic(root / "config.yaml", to_yaml(config).encode())
         log = MetricsLog(
             root / "metrics.jsonl", log_bytes, enabled=trainer.accelerator.is_main_process
@@ -108,7 +113,9 @@ def run(trainer: Trainer, log: MetricsLog, notes: list[str], *, resume: bool) ->
         require_faithful(trainer, progress.log)
         try:
             if main and trainer.best is not None:  # what is there may be of a later time
+                interrupts.hold()
                 kept.write_adapter(trainer, "best", trainer.best)
+                interrupts.release()
             run_updates(trainer, log, progress, interrupts)
             interrupts.hold()
         except Torn:
@@ -117,8 +124,8 @@ def run(trainer: Trainer, log: MetricsLog, notes: list[str], *, resume: bool) ->
         except (Stopped, UserError, OSError) as reason:
             interrupts.hold()
             if main:
-                note_cause(root, reason)
                 kept.keep(trainer, log.position())
+                note_cause(root, reason)
                 progress.log(f"stopped after update {counters.update}; go on by --resume")
             trainer.accelerator.end_training()
             raise
@@ -146,20 +153,6 @@ def finish(trainer: Trainer, log: MetricsLog, progress: TrainProgress) -> None:
         progress.log(f"went back to the adapter of update {best.update}")
     draw_curves(log.path, root / "curves.png", reward_name=trainer.reward.name)
     progress.log(f"adapter: {adapter}")
-
-
-def check_room(trainer: Trainer) -> None:
-    """Whether checkpoints, two adapters, pictures and logs will fit beside what is there.
-
-    Raises:
-        UserError: if not.
-    """
-    root, one = trainer.config.output_dir, kept.checkpoint_bytes(trainer)
-    there = sum(size_of(root / name) for name in ("checkpoints", "adapter", "best"))
-    # One more than is kept, while it is written; two adapters, of which one twice.
-    whole = one * (trainer.config.keep_checkpoints + 1) + 3 * kept.adapter_bytes(trainer)
-    needed = max(whole - there, one) + SMALL_FILES
-    check_space(root, needed, "the run's checkpoints and adapters", "lower --keep-checkpoints, ")
 
 
 def remarks(trainer: Trainer) -> list[str]:
@@ -228,17 +221,17 @@ def run_updates(
         }
         if outcome.drift is not None:
             row["drift"] = outcome.drift
+        # Pictures come after the checkpoint, which knows that they are due: a run that is stopped
+        # while it draws them draws them again.
+        passed = int(trainer.spent() * config.sample_times) > part
+        last = watched and trainer.spent() >= 1
+        counters.look_due = every(config.sample_every) or passed or last
         log.write(row)
         flat = {k: v for k, v in row.items() if isinstance(v, float)}
         accelerator.log({**flat, **outcome.parts, "stage": stage}, step=update)
         progress.update(update, stage, outcome.reward, seconds, row["peak_memory_bytes"])
         if outcome.skipped:
             progress.log(f"update {update}: reward or gradient not finite, nothing changed")
-        # Pictures come after the checkpoint, which knows that they are due: a run that is stopped
-        # while it draws them draws them again.
-        passed = int(trainer.spent() * config.sample_times) > part
-        last = watched and trainer.spent() >= 1
-        counters.look_due = every(config.sample_every) or passed or last
         if main and every(config.checkpoint_every) and trainer.spent() < 1:
             kept.keep(trainer, log.position())
         interrupts.release()
@@ -263,6 +256,7 @@ FREE = {
     "reward_device",
     "guard",
     "guard_drop",
+    "best_by",
     "held_out",
     "output_dir",
     "updates",

@@ -27,7 +27,6 @@ from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
 from shortft.plans import Plan, inference_plan, parts_for
-from shortft.preflight.estimate import check_room
 from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
@@ -69,7 +68,6 @@ class Trainer:
         self.config = config
         check_launcher()
         check_local_files(config)
-        check_room(config)
         # Without this, processes that torchrun starts on CPUs would not know of one another.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
@@ -161,6 +159,12 @@ class Trainer:
     def numbers(self) -> range:
         """The LoRAs' numbers, 1…k."""
         return range(1, self.nets.loras + 1)
+
+    @property
+    def lora_numbers(self) -> int:
+        """How many numbers all LoRAs have."""
+        groups = [self.nets.parameters_of(number).values() for number in self.numbers]
+        return sum(parameter.numel() for group in groups for parameter in group)
 
     @property
     def micro_batch(self) -> int:
@@ -299,7 +303,11 @@ class Trainer:
         return stage, outcome
 
     def seed_others(self) -> None:
-        """Random numbers that others draw, such as a user's reward: the same after a resume."""
+        """Seed the global generators, which only others draw from, such as a user's reward.
+
+        Drawn per update and process, their numbers are the same after a resume. Nothing of this
+        package draws from them.
+        """
         rank = self.accelerator.process_index
         set_seed(sample_seed(self.config.seed, OTHERS, self.counters.update, rank) % 2**32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from shortft.errors import UserError
 from shortft.guard import Look
 from shortft.interrupts import Interrupts
 from shortft.kept import keep_best
-from shortft.metrics import Embedder, diversity, picture_statistics
+from shortft.metrics import diversity, picture_statistics
 from shortft.metrics_log import MetricsLog
 from shortft.out_of_memory import advice, ran_out
 from shortft.rewards.clip import ClipReward
@@ -39,6 +40,26 @@ def look(
     if not seen.is_finite:
         progress.log(f"update {update}: evaluation not finite, the guard passes over it")
     interrupts.hold()  # what was seen, what is kept of it and that it is done go together
+    before, best = trainer.guard.state(), trainer.best
+    try:
+        decide(trainer, log, progress, seen, row)
+    except OSError:
+        trainer.guard.restore(before)
+        trainer.best = best
+        raise
+    trainer.counters.look_due = False
+    interrupts.release()
+    if trainer.config.tensorboard:
+        shown = {k: v for k, v in row.items() if k.startswith("eval_")}
+        trainer.accelerator.log(shown, step=update)
+        writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
+        writer.add_images("samples", images, update)
+
+
+def decide(
+    trainer: Trainer, log: MetricsLog, progress: TrainProgress, seen: Look, row: dict[str, Any]
+) -> None:
+    """Ask the guard, keep what it calls the best, and log both."""
     better, alarm = trainer.guard.see(seen)
     if alarm and trainer.config.guard != "off":
         row["guard"] = alarm
@@ -48,13 +69,6 @@ def look(
         row["best"] = True
         keep_best(trainer)
     log.write(row)
-    trainer.counters.look_due = False
-    interrupts.release()
-    if trainer.config.tensorboard:
-        shown = {k: v for k, v in row.items() if k.startswith("eval_")}
-        trainer.accelerator.log(shown, step=update)
-        writer = trainer.accelerator.get_tracker("tensorboard", unwrap=True)
-        writer.add_images("samples", images, update)
 
 
 @torch.no_grad()
@@ -77,18 +91,22 @@ def figures(trainer: Trainer) -> tuple[dict[str, Any], Tensor]:
     if trainer.held_out is not None:
         row["eval_held_out"] = trainer.score(trainer.held_out, on_device, prompts)
     if config.sample_noises > 1:
-        row["eval_diversity"] = float(diversity(on_device, embedder(trainer), prompts).mean())
+        row["eval_diversity"] = variety(trainer, on_device, prompts)
     statistics = picture_statistics(pictures)
     row["eval_contrast"] = float(statistics.contrast.mean())
     row["eval_saturated"] = float((statistics.black + statistics.white).mean())
     return row, shown
 
 
-def embedder(trainer: Trainer) -> Embedder:
-    """Features to compare pictures by: a CLIP's among the scorers, else thumbnails' pixels."""
-    scorers = [*(trainer.held_out.parts if trainer.held_out else ()), *trainer.reward.parts]
-    embeds = [part.embed_images for part, _ in scorers if isinstance(part, ClipReward)]
-    return embeds[0] if embeds else thumbnails
+def variety(trainer: Trainer, images: Tensor, prompts: Sequence[str]) -> float:
+    """Mean diversity, by the features of a CLIP among the scorers, else by thumbnails."""
+    for scorer in (trainer.held_out, trainer.reward):
+        for part, _ in scorer.parts if scorer else ():
+            if isinstance(part, ClipReward):
+                with scorer.at_work(images.device):  # type: ignore[union-attr]
+                    there = images.to(part.model.device)
+                    return float(diversity(there, part.embed_images, prompts).mean())
+    return float(diversity(images, thumbnails, prompts).mean())
 
 
 def thumbnails(images_BCHW: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,8 @@ from conftest import tiny_settings
 from shortft.cli import main
 from shortft.config import Config, to_yaml
 from shortft.errors import Stopped, Torn, UserError
-from shortft.kept import checkpoint_bytes
 from shortft.lock import only_one
+from shortft.preflight.estimate import disk_bytes
 from shortft.train import train
 from shortft.trainer import Trainer
 from test_train import everything
@@ -55,21 +56,21 @@ def test_an_update_that_fails_halfway_is_neither_repeated_nor_kept(
         with pytest.raises(Torn, match=r"while weights were being changed.* go on by --resume"):
             train(config)
     assert max((config.output_dir / "checkpoints").iterdir()).name == "update-000002"
-    assert not list(config.output_dir.glob(".lock.*"))
     train(config, resume=True)
     assert everything(config.output_dir) == whole
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "call"),
     [
-        ("shortft.drawing.grids", "save_grid"),
-        ("shortft.metrics_log.MetricsLog", "write"),
-        ("shortft.kept", "save_adapter"),
+        ("shortft.drawing.grids", "save_grid", 2),
+        ("shortft.metrics_log.MetricsLog", "write", 2),
+        ("shortft.metrics_log.MetricsLog", "write", 5),  # of the update before an evaluation
+        ("shortft.kept", "save_adapter", 1),
     ],
 )
 def test_a_full_disk_anywhere_is_one_line_and_the_run_goes_on(
-    settings, whole, monkeypatch: pytest.MonkeyPatch, capsys, owner: str, name: str, tmp_path: Path
+    settings, whole, monkeypatch, capsys, owner: str, name: str, call: int, tmp_path: Path
 ):
     config = Config(**settings)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
@@ -79,7 +80,7 @@ def test_a_full_disk_anywhere_is_one_line_and_the_run_goes_on(
 
     def full(*args, **kwargs):
         calls[0] += 1
-        if calls[0] == 2:
+        if calls[0] == call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere.png")
         return original(*args, **kwargs)
 
@@ -135,6 +136,14 @@ late = Late()
 def rounded(images, prompts):
     return (images * 255).round().mean((1, 2, 3))
 
+weight = torch.ones((), requires_grad=True)
+
+def blind(images, prompts):
+    return weight * images.detach().mean((1, 2, 3))
+
+def in_place(images, prompts):
+    return images.mul_(2).mean((1, 2, 3))
+
 def chance(images, prompts):
     return (images * torch.rand_like(images)).mean((1, 2, 3))
 """
@@ -168,6 +177,14 @@ def test_a_reward_without_any_gradient_is_noticed(settings, tmp_path: Path):
     config = Config(**{**settings, "reward": f"{file}:rounded"})
     with pytest.raises(UserError, match=r"own.py:rounded: 3 updates .* a gradient of exactly 0"):
         train(config)
+
+
+def test_a_reward_whose_gradient_misses_the_pixels_is_named(settings, tmp_path: Path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(fault="pass"))
+    with pytest.raises(UserError, match=r"own.py:blind: no gradient reaches the pixels"):
+        Trainer(Config(**{**settings, "reward": f"{file}:blind"})).update()
+    Trainer(Config(**{**settings, "reward": f"{file}:in_place"})).update()  # as it may
 
 
 def test_a_reward_that_draws_random_numbers_goes_on_alike(settings, tmp_path: Path, monkeypatch):
@@ -224,24 +241,41 @@ def test_two_runs_do_not_share_a_folder(settings):
     if pid == 0:
         with only_one(config.output_dir):
             (config.output_dir / "held").touch()
-            while not (config.output_dir / "enough").exists():
-                pass
+            time.sleep(60)
         os._exit(0)
-    while not (config.output_dir / "held").exists():
-        pass
-    with pytest.raises(UserError, match=rf"another run is writing there \(process {pid}\)"):
-        train(config)
-    (config.output_dir / "enough").touch()
-    os.waitpid(pid, 0)
+    try:
+        while not (config.output_dir / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=rf"another run is writing there \(process {pid}\)"):
+            train(config)
+    finally:
+        os.kill(pid, signal.SIGKILL)  # the lock dies with it
+        os.waitpid(pid, 0)
     train(config)
+
+
+def test_a_run_that_was_continued_elsewhere_meanwhile_is_not_taken_back(settings, monkeypatch):
+    """The lock is free again, but what was read before it is old."""
+    config = Config(**settings)
+    train(config.model_copy(update={"updates": 4}))
+
+    class Slow(Trainer):
+        def __init__(self, given: Config) -> None:
+            super().__init__(given)
+            newest = config.output_dir / "checkpoints" / "update-000004"
+            shutil.copytree(newest, newest.with_name("update-000006"))
+
+    monkeypatch.setattr("shortft.train.Trainer", Slow)
+    with pytest.raises(UserError, match="another run wrote checkpoints there meanwhile"):
+        train(config, resume=True)
+    assert (config.output_dir / "checkpoints" / "update-000006").exists()
 
 
 def test_room_is_asked_for_once(settings, monkeypatch: pytest.MonkeyPatch):
     """A run that goes on has most of its checkpoints on the disk already."""
     config = Config(**settings)
     train(config.model_copy(update={"updates": 4}))
-    one = checkpoint_bytes(Trainer(config))
-    free = one + 50_000_000 + 10_000  # what is written next, small files
+    free = disk_bytes(config, Trainer(config).lora_numbers)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     train(config, resume=True)
     with pytest.raises(UserError, match="checkpoints and adapters take"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from shortft.checkpoint import any_in
 from shortft.config import Config
 from shortft.drawing.plan_text import plan_text
 from shortft.drawing.progress import memory_text
@@ -120,7 +121,7 @@ def check_prompts(config: Config) -> Check:
 
 def check_output(config: Config, *, resume: bool) -> Check:
     root = config.output_dir
-    if (root / "checkpoints").exists() == resume:
+    if any_in(root / "checkpoints") == resume:
         return Check("output", f"{root}" + (", holds the run to continue" if resume else ""))
     if resume:
         return Check("output", str(root), f"--output-dir {root}: holds no run to --resume")

@@ -44,6 +44,7 @@ REWARD_MODELS = {
     "aesthetic": (428.5, 0.36),
 }
 GB = 10**9
+SMALL_FILES = 50_000_000  # bytes for pictures, logs and curves
 ON_TOP = 1.2  # fragments, kernels' workspace, norms that a GPU runs in fp32
 FIXED = 1 * GB  # CUDA's context and libraries, or Python's
 
@@ -203,18 +204,23 @@ def disk_bytes(config: Config, numbers: int) -> int:
     # One more than is kept, while it is written; two adapters, of which one twice.
     whole = checkpoint * (config.keep_checkpoints + 1) + 3 * 4 * numbers
     there = sum(size_of(config.output_dir / name) for name in ("checkpoints", "adapter", "best"))
-    return max(whole - there, checkpoint)
+    return max(whole - there, checkpoint) + SMALL_FILES
 
 
-def check_room(config: Config) -> None:
-    """Whether a run's checkpoints and adapters fit on the disk, where the model's size is known.
+def check_room(config: Config, numbers: int | None = None) -> None:
+    """Whether a run's checkpoints and adapters fit on the disk.
+
+    Args:
+        numbers: see `lora_numbers`; None = where the model's outline is known, counted on it.
 
     Raises:
         UserError: if not.
     """
-    family = outline(config)
-    if family is not None:
-        needed = disk_bytes(config, lora_numbers(config, family))
+    if numbers is None:
+        family = outline(config)
+        numbers = lora_numbers(config, family) if family is not None else None
+    if numbers is not None:
+        needed = disk_bytes(config, numbers)
         what = "the run's checkpoints and adapters"
         check_space(config.output_dir, needed, what, "lower --keep-checkpoints, ")
 

@@ -39,8 +39,10 @@ def models_in(reward: object) -> list[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
-        elif isinstance(item, (list, tuple)):
+        elif isinstance(item, (list, tuple, set, frozenset)):
             waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
         elif type(item).__module__ != "builtins":
             waiting.extend(getattr(item, "__dict__", {}).values())
     return list(found.values())
