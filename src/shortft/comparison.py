@@ -106,7 +106,9 @@ BUDGETS = {
             "clip:1,compressibility:0.16",
             "clip:1,symmetry:3,compressibility:0.16",
         ),
-        search=(5e-4, 1.5e-3, 4.5e-3),
+        search=(7e-4, 2e-3, 6e-3),
+        search_further=2,
+        search_reward="clip:1,symmetry:3",
     ),
 }
 
