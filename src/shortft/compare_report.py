@@ -285,7 +285,7 @@ def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:
                 rows.append(pictures["before"])
                 labels.append("base")
             rows.append(pictures["after"])
-            labels.append(job.method)
+            labels.append(job.method.replace("_", "_\n", 1) if len(job.method) > 12 else job.method)
     if not rows:
         return None
     prompts = workshop.held_out_prompts()[: len(rows[0])]
