@@ -1,6 +1,7 @@
 """Settings for all tests: no test reaches a network or opens a window."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def shortcut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
     return tiny_settings(model, shortcut, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB, where the test may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=256k tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("may not mount a small file system here")
+    try:
+        yield disk
+    finally:
+        os.system(f"umount {disk}")
 
 
 def tiny_settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:

@@ -46,6 +46,7 @@ def look(
     except OSError:
         trainer.guard.restore(before)
         trainer.best = best
+        trainer.tripped = False
         raise
     trainer.counters.look_due = False
     interrupts.release()

@@ -20,7 +20,7 @@ def visiting(reward: object, device: torch.device | str) -> Iterator[None]:
     homes = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
+            tensor.data = tensor.data.to(device)
         yield
     finally:
         for tensor, home in zip(tensors, homes, strict=True):
