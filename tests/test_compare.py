@@ -57,7 +57,7 @@ GAIN = {"shortft": 0.3, "draft_k": 0.1, "refl": 0.2}
 
 def pretended(job: Job, config: Config) -> dict[str, Any]:
     """A result whose reward depends on the method, the seed and the learning rate."""
-    after = 0.5 + GAIN[job.method] + 0.01 * job.seed - abs(job.learning_rate - 1e-2)
+    after = 0.5 + GAIN[job.method.partition(":")[0]] + 0.01 * job.seed - abs(job.learning_rate - 1e-2)
     if not job.search:
         pictures = torch.rand(4, 3, 16, 16)
         save_file({"before": pictures, "after": 1 - pictures}, job.folder / "pictures.safetensors")
@@ -74,7 +74,7 @@ def pretended(job: Job, config: Config) -> dict[str, Any]:
         "seconds_per_update": 3.0,
         "peak_memory_bytes": 10**9,
         "skipped": 0,
-        "curve": [[0.0, 0.5], [15.0, 0.5 + GAIN[job.method] / 2], [30.0, 0.5 + GAIN[job.method]]],
+        "curve": [[0.0, 0.5], [15.0, 0.5 + GAIN[job.method.partition(":")[0]] / 2], [30.0, 0.5 + GAIN[job.method]]],
     }
 
 
@@ -353,6 +353,28 @@ def test_one_reward_may_find_the_rates_of_all(base, trained):
     runs = [job for job in trained if not job.search]
     assert {job.reward for job in runs} == set(rewards)
     assert {job.learning_rate for job in runs} == {1e-2}
+
+
+def test_a_method_may_bring_its_own_rate(base, trained):
+    """It is not searched, and the others are."""
+    methods = ("refl:learning_rate=3e-3", "refl", "draft_k:k=2,learning_rate=0.2")
+    spec = Comparison(methods, ("symmetry",), 1, search=(1e-3, 1e-2), num_prompts=6)
+    shop = workshop(base, spec)
+    compare.run_all(shop, pretended, lambda _: None)
+    trials = [job for job in trained if job.search]
+    assert {job.method for job in trials} == {"refl"}
+    assert len(trials) == spec.trials() == 2
+    runs = {job.method: job for job in trained if not job.search}
+    rates = {method: job.learning_rate for method, job in runs.items()}
+    assert rates == dict(zip(methods, (3e-3, 1e-2, 0.2), strict=True))
+    assert shop.config(runs[methods[2]]).learning_rate == 0.2
+    assert shop.config(runs[methods[2]]).method_options == {"k": "2"}
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "much"])
+def test_a_wrong_rate_of_its_own_is_told_at_once(base, rate):
+    with pytest.raises(UserError, match="learning.rate"):
+        workshop(base, Comparison((f"refl:learning_rate={rate}",), ("symmetry",), 1))
 
 
 def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatch):

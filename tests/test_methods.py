@@ -390,6 +390,7 @@ CASES: list[tuple[str, Choices]] = [
     ("thinned", {"calls": 1}),
     ("thinned", {"calls": N}),
     ("thinned", {"even": True}),
+    ("thinned", {"late": 2.5}),
     ("alignprop", {}),
     ("alignprop", {"shortest": 0.5, "longest": 1.0}),
     ("refl", {}),
@@ -812,12 +813,23 @@ def test_range_of_alignprop(given: Choices, allowed: range):
     spread([N - trained(plan)[0] for plan in made], allowed)
 
 
-@pytest.mark.parametrize("calls", [2, 4, 6])
-def test_range_of_thinned(calls: int):
+@pytest.mark.parametrize(
+    ("calls", "late", "edges"),
+    [
+        (2, 1, [1, 12]),
+        (4, 1, [1, 4, 8, 12]),
+        (6, 1, [1, 3, 5, 7, 9, 12]),
+        # Of 11 points: shares 5/9 and 8/9; with 4, 65/81 and 80/81 would leave the last part none.
+        (4, 2, [1, 7, 10, 12]),
+        (4, 4, [1, 9, 11, 12]),
+        (12, 3, list(range(1, 13))),
+    ],
+)
+def test_range_of_thinned(calls: int, late: float, edges: list[int]):
     """Point 0 always, and every other point is met by one of the calls: one from each part."""
-    made = [trained(plan) for plan in plans("thinned", {"calls": calls}, Toy("flow"), 400)]
+    given = {"calls": calls, "late": late}
+    made = [trained(plan) for plan in plans("thinned", given, Toy("flow"), 400)]
     assert all(points[0] == 0 and len(points) == calls for points in made)
-    edges = {2: [1, 12], 4: [1, 4, 8, 12], 6: [1, 3, 5, 7, 9, 12]}[calls]
     columns = list(zip(*made, strict=True))[1:]
     for column, (low, high) in zip(columns, itertools.pairwise(edges), strict=True):
         spread(column, range(low, high))

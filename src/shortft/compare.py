@@ -27,7 +27,7 @@ from shortft.config import Config, load_config, to_yaml
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
-from shortft.methods.catalog import METHODS, variant_settings
+from shortft.methods.catalog import METHODS, has_own_rate, variant_settings
 
 if TYPE_CHECKING:
     from shortft.evaluate import Pictures
@@ -128,13 +128,15 @@ class Workshop:
     def trials(self) -> Iterator[Job]:
         """The learning-rate search: runs on other prompts and with another seed."""
         for reward in self.comparison.searched_rewards:
-            for method in self.comparison.methods:
+            for method in self.comparison.searched_methods:
                 for rate in self.rates(reward, method):
                     yield self._trial(reward, method, rate)
 
     def learning_rate(self, reward: str, method: str) -> float | None:
-        """The best rate of the search, None before it has ended; without one the base's."""
+        """The method's own; or the search's best, None before it has ended; or the base's."""
         search = self.comparison.search
+        if has_own_rate(method):
+            return self.configs[reward, method].learning_rate
         if len(search) < 2:
             return search[0] if search else self.base.learning_rate
         reward = self.comparison.search_reward or reward

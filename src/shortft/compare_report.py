@@ -215,8 +215,8 @@ def verdict(results: Results, reward: str) -> list[str]:
 def at_the_edge(workshop: Workshop, results: Results, reward: str) -> list[str]:
     """Methods whose best learning rate is the lowest or highest tried: others may be better."""
     spec, found = workshop.comparison, []
-    for method in by_gain(results, reward) if len(spec.search) > 1 else ():
-        if method in spec.methods:  # and no second line of one
+    for method in by_gain(results, reward):
+        if method in spec.searched_methods:  # and no second line of one
             rate = results[reward, method][0]["learning_rate"]
             tried = workshop.rates(spec.search_reward or reward, method)
             if rate in (tried[0], tried[-1]):

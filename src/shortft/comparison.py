@@ -7,6 +7,7 @@ from typing import Any
 
 from shortft.config import option_name
 from shortft.errors import UserError
+from shortft.methods.catalog import has_own_rate
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        methods: names of methods or of variants of them, or with options: ``draft_k:k=3``.
+        methods: names of methods or of variants of them, or with options: ``draft_k:k=3``, and with
+            a learning rate of their own: ``draft_k:learning_rate=6e-3``.
         rewards: reward specs.
         seeds: training seeds 0 … seeds - 1.
         minutes: training time of every run; sampling, evaluation and loading are not counted.
-        search: learning rates tried for every method; one alone is taken untried.
+        search: learning rates tried for every method, but for those that bring their own; one
+            alone is taken untried.
         search_further: rates tried beyond an edge of those, one at a time, while the best lies
             there; the same limit for every method.
         search_reward: the reward of every trial, whose rates then hold for all rewards; each
@@ -45,15 +48,22 @@ class Comparison:
         object.__setattr__(self, "search_minutes", self.search_minutes or self.minutes)
 
     @property
+    def searched_methods(self) -> tuple[str, ...]:
+        """The methods whose learning rate is searched."""
+        if len(self.search) < 2:
+            return ()
+        return tuple(method for method in self.methods if not has_own_rate(method))
+
+    @property
     def searched_rewards(self) -> tuple[str, ...]:
         """The rewards of the trials; none without a search."""
-        if len(self.search) < 2:
+        if not self.searched_methods:
             return ()
         return (self.search_reward,) if self.search_reward else self.rewards
 
     def trials(self) -> int:
         """Trials of learning rates in all, without those beyond the edges."""
-        return len(self.methods) * len(self.searched_rewards) * len(self.search)
+        return len(self.searched_methods) * len(self.searched_rewards) * len(self.search)
 
     def runs(self) -> int:
         """Training runs in all, without trials."""

@@ -190,7 +190,10 @@ METHODS: dict[str, Method] = {
             "calls": Option(
                 6, "calls of the thinned chain; measured, see docs/measurements.md", low=1
             ),
-            "even": Option(False, "points at equal distances from one random offset"),
+            "late": Option(
+                1.0, "above 1 the points lie denser towards the end of the chain", low=1, high=8
+            ),
+            "even": Option(False, "points at the same relative place in every part"),
         },
     ),
     "full": Method(
@@ -220,7 +223,8 @@ def variant_settings(name: str, segments: int) -> dict[str, object]:
     """The settings of a method or a named variant of one; "first" stands for stage 1 alone.
 
     Args:
-        name: may carry options of the method: ``draft_k:k=3,…``.
+        name: may carry options of the method, and a learning rate of its own:
+            ``draft_k:k=3,learning_rate=6e-3``.
 
     Raises:
         UserError: if there is none of that name.
@@ -233,10 +237,18 @@ def variant_settings(name: str, segments: int) -> dict[str, object]:
     settings: dict[str, object] = {"method": "shortft", **VARIANTS.get(name, {"method": name})}
     if options:
         own: dict[str, object] = settings.get("method_options", {})  # type: ignore[assignment]
-        settings["method_options"] = {**own, **parse_options(options)}
+        given = parse_options(options)
+        if "learning_rate" in given:
+            settings["learning_rate"] = given.pop("learning_rate")
+        settings["method_options"] = {**own, **given}
     if settings.get("stage_shares") == "first":
         settings["stage_shares"] = [1.0] + [0.0] * (segments - 1)
     return settings
+
+
+def has_own_rate(name: str) -> bool:
+    """Whether a competitor's name carries its learning rate, see `variant_settings`."""
+    return "learning_rate" in parse_options(name.partition(":")[2])
 
 
 def parse_options(text: str) -> dict[str, str]:

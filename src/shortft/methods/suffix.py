@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection
 
 import torch
@@ -34,24 +35,32 @@ def full(schedule: Schedule, draw: torch.Generator) -> Plan:
     return draft_k(schedule, draw, k=schedule.num_steps)
 
 
-def thinned(schedule: Schedule, draw: torch.Generator, *, calls: int, even: bool) -> Plan:
+def thinned(
+    schedule: Schedule, draw: torch.Generator, *, calls: int, late: float, even: bool
+) -> Plan:
     """A random thinning of the chain, with gradient through all of it (ours).
 
-    From point 0 over `calls` - 1 points, one drawn from each of as many equal parts of those that
-    are left, to the end. So the chain is short, and every timestep is met in training. With `even`
-    one offset is drawn for all parts: the points then lie at equal distances.
+    From point 0 over `calls` - 1 points, one drawn from each of as many parts of those that are
+    left, to the end. So the chain is short, and every timestep is met in training. The parts are
+    equal, or with `late` above 1 shorter towards the end: part i ends at the share
+    1 - (1 - i / parts)^late of the chain. With `even` the points lie at the same relative place
+    in all parts.
     """
     n = schedule.num_steps
     if calls > n:
         raise ValueError(
             f"calls = {calls}, but the chain has {n} steps; give at most --method-options calls={n}"
         )
-    parts = max(1, calls - 1)
+    edges = [1]
+    for i in range(1, calls):
+        share = 1 - (1 - i / (calls - 1)) ** late
+        edge = 1 + math.floor((n - 1) * share + 1e-9)
+        # Every part has a point at least, and leaves one for each part after it.
+        edges.append(max(edges[-1] + 1, min(edge, n - (calls - 1 - i))))
     if even:
-        offset = integer(draw, 0, max(0, n - 2))
-        drawn = [1 + (i * (n - 1) + offset) // parts for i in range(calls - 1)]
+        place = float(torch.rand(1, generator=draw))
+        drawn = [low + int(place * (high - low)) for low, high in itertools.pairwise(edges)]
     else:
-        edges = [1 + i * (n - 1) // parts for i in range(calls)]
         drawn = [integer(draw, low, high - 1) for low, high in itertools.pairwise(edges)]
     pairs = itertools.pairwise([0, *drawn, n])
     return Plan(tuple(Step(i, j, "policy", 1, trains=True) for i, j in pairs), (1,))
