@@ -107,6 +107,26 @@ def test_options_that_save_memory_are_counted():
     assert estimate(kept, folder, gpu=True, speed=1e12).parts["rewards"] == usual["rewards"]
 
 
+def test_weights_that_are_shared_out_are_counted(monkeypatch: pytest.MonkeyPatch):
+    """FLUX.1's 11.9 G numbers are all but a few in linear layers; biases and norms stay whole."""
+    config = load_config(None, {**recipe("flux-hps"), "batch_size": 8, "accumulation": 2})
+    folder = configurations(config.model)
+    assert folder is not None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    whole = estimate(config, folder, gpu=True, speed=1e12).parts
+    shared = config.model_copy(update={"shard": True})
+    found = estimate(shared, folder, gpu=True, speed=1e12).parts
+    assert whole["denoiser"] == pytest.approx(23.8e9, rel=0.01)
+    assert found["denoiser"] == pytest.approx(23.8e9 / 4, rel=0.01)
+    assert {**found, "denoiser": 0} == {**whole, "denoiser": 0}
+    # One picture at once, as with accumulation 8 in one process.
+    monkeypatch.delenv("WORLD_SIZE")
+    alone = config.model_copy(update={"accumulation": 8})
+    assert estimate(alone, folder, gpu=True, speed=1e12).parts == whole
+    alone = shared.model_copy(update={"accumulation": 8})
+    assert estimate(alone, folder, gpu=True, speed=1e12).parts == whole
+
+
 def test_a_method_without_jumps_asks_for_no_shortcut():
     own = {"method": "thinned", "segments": 2, "shortcut": "auto"}  # stage_shares has four
     config = load_config(None, {**recipe("sd15-hps-24gb"), **own})

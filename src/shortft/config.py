@@ -157,6 +157,12 @@ class Config(BaseModel):
         False,
         description="Encode all prompts before training and let the text encoders leave memory.",
     )
+    shard: bool = Field(
+        False,
+        description="Let each process of a run on several GPUs keep a part of the denoiser's "
+        "weights alone, gathered layer by layer when they are used (as FSDP does): less memory, "
+        "more time.",
+    )
     recompute: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
@@ -390,6 +396,14 @@ class Config(BaseModel):
                 f"does not divide --batch-size {self.batch_size}",
                 "choose one of its divisors",
             )
+        for other in ("merge", "split_on_out_of_memory"):
+            if self.shard and getattr(self, other):
+                raise _bad_value(
+                    "shard",
+                    "true",
+                    f"cannot be used with {option_name(other)}",
+                    f"leave one of them out (--no-{other.replace('_', '-')})",
+                )
         if self.guard == "stop" and not (self.sample_every or self.sample_times):
             raise _bad_value(
                 "guard", "stop", "needs evaluations", "give --sample-every or --sample-times"

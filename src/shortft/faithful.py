@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from shortft.chain import run_chain
@@ -57,7 +58,8 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
         return
     record = config.output_dir / RECORD
     about = described(trainer)
-    if _recorded(record) == about:
+    # The first process's answer holds for all, which then measure together or not at all.
+    if broadcast_object_list([_recorded(record) == about])[0]:
         return
     own, chain = trainer.nets.shortcut_guidance.scale, trainer.nets.guidance.scale
     calls = trainer.schedule.num_steps + (2 if own == chain else 3) * len(jumps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from shortft.config import Config
@@ -17,6 +19,7 @@ def ran_out(error: BaseException) -> bool:
 
 def advice(config: Config, micro_batch: int) -> str:
     """Which options save how much, of those that are not in use yet."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ways = []
     if not config.recompute:
         ways.append("--recompute (activations of one call instead of all)")
@@ -26,6 +29,8 @@ def advice(config: Config, micro_batch: int) -> str:
         ways.append(f"--accumulation {config.batch_size} (pictures one by one, same updates)")
     if config.precision == "fp32":
         ways.append("--precision bf16 (half)")
+    if several and not config.shard:
+        ways.append("--shard (each process keeps a part of the denoiser's weights)")
     if config.merge:
         ways.append("--no-merge (no copies of layers with LoRAs)")
     listed = ", ".join(ways) or "a smaller --rank, or a smaller model"

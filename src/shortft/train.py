@@ -200,6 +200,8 @@ def run_updates(
     def look_if_due() -> None:
         if main and counters.look_due:
             look(trainer, log, progress, interrupts)
+        elif counters.look_due and config.shard:
+            trainer.pictures()  # the first process needs all of them to run the denoiser
         counters.look_due = False
         trainer.agree_on_guard()
 
@@ -248,6 +250,7 @@ FREE = {
     "prompts",  # compared by content, as is the shortcut
     "shortcut",
     "check_shortcut",
+    "shard",
     "recompute",
     "merge",
     "accumulation",

@@ -65,8 +65,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        check_launcher()
+        self.config = config = as_launched(config)
         check_local_files(config)
         # Without this, processes that torchrun starts on CPUs would not know of one another.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -98,6 +97,7 @@ class Trainer:
             precision=config.precision,
             device=device,
             resolution=config.resolution,
+            sharded=config.shard,
         )
         if config.encode_ahead:
             self.family.encode_ahead([*self.prompts, *self.sample_prompts])
@@ -387,19 +387,32 @@ class Trainer:
         return prompts, images
 
 
-def check_launcher() -> None:
-    """Refuse launchers that promise to share the model out: every process holds all of it.
+def as_launched(config: Config) -> Config:
+    """The configuration with what accelerate's launcher asks for: FSDP is `shard` here.
 
     Raises:
-        UserError: if accelerate was told to use FSDP, DeepSpeed or Megatron.
+        UserError: if it asks for DeepSpeed, Megatron or FSDP's offloading, or if `shard` does not
+            fit the configuration.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1")
+
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if asked(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate launch: {name} is asked for, but models are not split over processes; "
-                "start without it (docs/several-gpus.md), and save memory by --recompute, "
-                "--encode-ahead and --accumulation"
+                f"accelerate launch: {name} is asked for, which is not supported; start without it "
+                "(docs/several-gpus.md), and share the model out by --shard"
             )
+    if not asked("ACCELERATE_USE_FSDP"):
+        return config
+    if asked("FSDP_OFFLOAD_PARAMS"):
+        raise UserError(
+            "accelerate launch: --fsdp_offload_params true is not supported; leave it out, and "
+            "save memory by --recompute and --encode-ahead"
+        )
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # accelerate itself has nothing to wrap
+    return Config.model_validate({**config.model_dump(), "shard": True})
 
 
 def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:

@@ -37,6 +37,7 @@ def load_family(
     precision: str = "fp32",
     device: str | None = None,
     resolution: int | None = None,
+    sharded: bool = False,
 ) -> Family:
     """Load a model by the embedded name, a local directory, a hub id or a single file.
 
@@ -47,6 +48,7 @@ def load_family(
         precision: of the frozen networks, "fp32" or "bf16".
         device: where they live; None = `default_device()`.
         resolution: height and width of the images in pixels; None for the model's own.
+        sharded: let each process of a run keep a part of the denoiser's weights alone.
 
     Raises:
         UserError: if it cannot be found or belongs to no supported family.
@@ -58,6 +60,7 @@ def load_family(
         device=device or default_device(),
         resolution=resolution,
         decoder=decoder,
+        sharded=sharded,
     )
     return family
 

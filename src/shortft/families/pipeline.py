@@ -15,6 +15,7 @@ from shortft.families.base import Conditioning, Guidance, autocast, classifier_f
 from shortft.families.decoder import load_decoder
 from shortft.families.files import latent_side, load_pipeline, own_defaults
 from shortft.families.lora_files import add_lora_file
+from shortft.families.sharding import shard
 from shortft.families.source import Source
 from shortft.families.text import KnownPrompts
 from shortft.quiet import quiet
@@ -58,6 +59,7 @@ class PipelineFamily:
         precision: str = "fp32",
         device: str | torch.device = "cpu",
         resolution: int | None = None,
+        sharded: bool = False,
     ) -> None:
         self.source = source
         self.device = torch.device(device)
@@ -75,7 +77,10 @@ class PipelineFamily:
         self._read(pipeline, resolution)
         encoders = [getattr(pipeline, f"text_encoder{n}", None) for n in ("", "_2", "_3")]
         with quiet():
-            self.denoiser.requires_grad_(False).eval().to(self.device, self.dtype)
+            self.denoiser.requires_grad_(False).eval().to(self.dtype)
+            if sharded:  # before the device sees it, which may not hold all of it
+                shard(self.denoiser)
+            self.denoiser.to(self.device)
             self.vae.requires_grad_(False).eval().to(self.device, self.vae_dtype)
             for encoder in encoders:
                 if encoder is not None:
@@ -101,10 +106,12 @@ class PipelineFamily:
         device: str = "cpu",
         resolution: int | None = None,
         decoder: str | None = None,
+        sharded: bool = False,
     ) -> Own:
         """Load from where the model lies.
 
         Args:
+            sharded: share the denoiser's weights out over processes, see `shard`.
             decoder: what takes the place of the model's own decoder, see `load_decoder`.
 
         Raises:
@@ -123,6 +130,7 @@ class PipelineFamily:
             precision=precision,
             device=device,
             resolution=resolution or own.get("resolution"),
+            sharded=sharded,
         )
         family.default_guidance_scale = own.get("guidance_scale", family.default_guidance_scale)
         return family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Estimate:
 
 
 def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estimate:
-    """Count what a run of `config` takes per process.
+    """Count what a run of `config` takes per process, of as many as WORLD_SIZE says.
 
     Args:
         folder: the model's configurations in diffusers' layout.
@@ -114,7 +115,8 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     guidance = Guidance(
         family.default_guidance_scale if scale is None else scale, config.guidance_grad
     )
-    micro = max(1, config.batch_size // config.accumulation)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = max(1, config.batch_size // (config.accumulation * processes))
     models = [
         REWARD_MODELS[name]
         for spec in specs(config)
@@ -135,6 +137,8 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     )
     width = 2 if config.precision == "bf16" else 4
     weights = parameters(family.denoiser) * width
+    if config.shard:
+        weights -= int(linear_parameters(family.denoiser) * width * (1 - 1 / processes))
     encoders = encoder_parameters(folder) * (4 if family.text_in_fp32 else width)
     per_number = 2 if config.reward_precision == "bf16" else 4
     scored_by = int(sum(millions * 1e6 * per_number for millions, _ in models))
@@ -170,6 +174,11 @@ class Counted(NamedTuple):
 
     kept: int
     operations: int
+
+
+def linear_parameters(network: nn.Module) -> int:
+    """Numbers in the weights that processes may share out, see `families.sharding`."""
+    return sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear)
 
 
 def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
