@@ -69,8 +69,11 @@ def test_check_runs(tmp_path: Path, name: str):
     assert [f["name"] for f in found] == ["shortcut", "plain DDIM jump", "guided DDIM jump"]
     assert found[2]["evaluations"] == (1 if name == "flux" else 2)
     for f in found:
-        assert len(f["jump_error"]) == 3
-        assert all(0 < error < 100 for error in f["jump_error"])
+        errors = f["jump_error"]
+        assert len(errors) == 3
+        if name == "sd3":  # its last segment is one timestep, over which nothing jumps
+            assert errors.pop() == 0
+        assert all(0 < error < 100 for error in errors)
         assert 0 < f["chain_psnr"] < 100
 
 
@@ -93,6 +96,7 @@ def test_round_trip(tmp_path: Path, name: str):
         stacked=[step.adapters for step in active],
         guidance_scale=SCALE,
         config={"reward": "symmetry", "method": "shortft"},
+        cut_by=schedule.cut_by,
     )
     adapter = tmp_path / "run" / "adapter"
     save_adapter(nets, info, adapter)

@@ -121,6 +121,25 @@ def test_flux2_at_other_numbers_of_steps(models: dict[str, Path], steps: int):
     assert (schedule.shift == family.schedule(STEPS).shift) == (steps == STEPS)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("sd3", 10), ("sd3", 28), ("flux", 12)])
+def test_jumps_over_whole_segments_are_the_pipeline_in_few_steps(models, name: str, steps: int):
+    """So segments start where the pipeline calls a few-step model, whose LoRA was made for that."""
+    family = load_family(str(models[name]), device="cpu")
+    schedule = family.schedule(steps)
+    nets = ModelNetworks(
+        family,
+        guidance=Guidance(1.0),
+        shortcut_guidance=Guidance(SCALE),
+        plain_jumps=True,
+        loras=1,  # which starts as nothing
+    )
+    plan = inference_plan(schedule, 4, "few_step")
+    images = generate(family, nets, plan, schedule, family.encode(PROMPTS), SEEDS)
+    expected = theirs(tiny(name), 16, steps=4)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    assert (expected - theirs(tiny(name), 16, steps=5)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_another_resolution(models: dict[str, Path], name: str):
     """FLUX's schedules, SDXL's time ids and SD3's cropped positions depend on it."""
@@ -432,6 +451,7 @@ def test_adapter_in_the_familys_pipeline(models: dict[str, Path], tmp_path: Path
         stacked=[step.adapters for step in active],
         guidance_scale=SCALE,
         config={},
+        cut_by=schedule.cut_by,
     )
     save_adapter(nets, info, tmp_path)
     tuned = ours(family, plan, nets)

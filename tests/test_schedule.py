@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -136,8 +138,36 @@ def test_segments_of_a_shifted_flow_start_where_a_few_step_sampler_calls(shift, 
     torch.testing.assert_close(starts.float(), few.timesteps, atol=1e-3, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("shift", "steps", "k"), [(3.0, 28, 4), (3.0, 50, 8), (1.0, 16, 6)])
+def test_segments_that_span_the_chain_start_where_sd3s_few_step_sampler_calls(shift, steps, k):
+    """SD3's grid of k steps, by diffusers' scheduler: exact where it divides, else the next."""
+    few = FlowMatchEulerDiscreteScheduler(shift=shift)
+    few.set_timesteps(k)
+    schedule = replace(flow_schedule(steps, shift=shift), cut_by="span")
+    parts = segments(schedule, k)
+    assert [i for part in parts for i in part] == list(range(steps))
+    assert parts[-1] == (steps - 1,)
+    starts = [part[0] for part in parts]
+    for start, called in zip(starts, few.timesteps.tolist(), strict=True):
+        assert float(schedule.timesteps[start]) <= called + 0.01
+        assert start == 0 or float(schedule.timesteps[start - 1]) > called + 0.01
+    if (steps - 1) % (k - 1) == 0:
+        torch.testing.assert_close(
+            schedule.timesteps[starts].float(), few.timesteps, atol=1e-2, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("steps", "k"), [(1, 1), (7, 1), (4, 4), (5, 4)])
+def test_segments_that_span_a_short_chain(steps, k):
+    parts = segments(replace(flow_schedule(steps), cut_by="span"), k)
+    assert [i for part in parts for i in part] == list(range(steps))
+    assert len(parts) == k
+    assert k == 1 or parts[-1] == (steps - 1,)
+
+
 def test_a_timestep_at_the_end_of_training_time_belongs_to_the_first_segment():
-    assert cut((1000.0, 749.99999, 700.0, 499.0, 0.0), 4, 1000) == ((0, 1), (2,), (3,), (4,))
+    times = (1000.0, 749.99999, 700.0, 499.0, 0.0)
+    assert cut(times, 4, "time", 1000) == ((0, 1), (2,), (3,), (4,))
 
 
 def test_what_cannot_be_cut_is_refused():

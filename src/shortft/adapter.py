@@ -24,7 +24,7 @@ from shortft.errors import UserError
 from shortft.networks import activate, lora_name
 from shortft.plans import Placement, adapters_at, parts_for
 from shortft.quiet import quiet
-from shortft.schedule import cut
+from shortft.schedule import Cut, cut
 from shortft.weights_file import check_weights_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class AdapterInfo:
         base_model: what the LoRAs were trained on.
         loras: how many LoRA files there are.
         rank: their rank; alpha equals it.
-        segments: parts of the training timesteps, for flow models of the steps.
+        segments: parts of the chain.
         placement: where the LoRAs act, see `plans.adapters_at`.
         num_steps: length of the chain in training.
         timesteps: that chain's timesteps at which LoRAs act.
@@ -49,6 +49,8 @@ class AdapterInfo:
         guidance_scale: of the chain in training.
         config: the run's configuration.
         resolution: of the pictures in training; None for the model's own.
+        cut_by: how the chain was cut into segments, see `schedule.cut`; None in older adapters,
+            which cut flow models' chains by steps and others by time.
     """
 
     base_model: str
@@ -62,6 +64,7 @@ class AdapterInfo:
     guidance_scale: float
     config: dict[str, Any]
     resolution: int | None = None
+    cut_by: Cut | None = None
     format: int = FORMAT
 
     @property
@@ -143,6 +146,8 @@ def read_info(directory: Path) -> AdapterInfo:
             raise ValueError(f"{info.loras} LoRAs for {info.segments} segments")
         if info.placement not in get_args(Placement):
             raise ValueError(f"placement {info.placement!r}")
+        if info.cut_by not in (None, *get_args(Cut)):
+            raise ValueError(f"cut_by {info.cut_by!r}")
     except FileNotFoundError:
         raise UserError(
             f"{directory}: not an adapter (no adapter.json); give the `adapter` directory that "
@@ -217,7 +222,8 @@ class TimestepRouter:
         if times not in self._routes:
             config = scheduler.config
             flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas")
-            parts = cut(times, info.parts, None if flow else config.num_train_timesteps)
+            by = info.cut_by or ("steps" if flow else "time")
+            parts = cut(times, info.parts, by, config.num_train_timesteps)
             counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]

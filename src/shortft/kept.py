@@ -138,6 +138,7 @@ def write_adapter(
         stacked=[step.adapters for step in active],
         guidance_scale=trainer.guidance_scale,
         resolution=config.resolution,
+        cut_by=schedule.cut_by,
         config=config.model_dump(mode="json"),
     )
     directory = config.output_dir / folder

@@ -19,6 +19,7 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Coefficient = float | Tensor
+Cut = Literal["time", "steps", "span"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Schedule:
         prediction_type: what the network predicts.
         train_timesteps: T; the network was trained on timesteps in [0, T).
         shift: by how much flow matching's sigmas are shifted, see `flow_schedule`; 1 = not.
+        cut_by: how the chain is cut into segments, see `cut`.
     """
 
     timesteps: Tensor
@@ -40,6 +42,7 @@ class Schedule:
     prediction_type: PredictionType
     train_timesteps: int = 1000
     shift: float = 1.0
+    cut_by: Cut = "time"
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
@@ -149,7 +152,9 @@ def flow_schedule(
     sigma = torch.linspace(1.0, smallest, num_steps, dtype=torch.float64)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     points = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-    return Schedule(sigma * train_timesteps, 1 - points, points, "flow", train_timesteps, shift)
+    return Schedule(
+        sigma * train_timesteps, 1 - points, points, "flow", train_timesteps, shift, "steps"
+    )
 
 
 def flow_schedule_from_config(
@@ -258,16 +263,22 @@ def jump_to_x0(schedule: Schedule, latents: Tensor, x0: Tensor, i: int, j: int) 
     return float(schedule.alpha[j]) * x0 + float(schedule.sigma[j]) * eps
 
 
-def cut(timesteps: Sequence[float], k: int, total: int | None) -> tuple[tuple[int, ...], ...]:
-    """Cut the chain into k parts of equal training time (ShortFT §3; Hyper-SD §3.1).
+def cut(
+    timesteps: Sequence[float], k: int, by: Cut, total: int = 1000
+) -> tuple[tuple[int, ...], ...]:
+    """Cut the chain into k parts, each of which starts where a sampler of k steps calls its model.
 
     Args:
-        total: T; None cuts into equal numbers of steps instead. So flow matching is cut: the steps
-            of its samplers, few-step ones too, are equal before a shift, and each part then starts
-            where the sampler of k steps calls its model.
+        by: "time": parts of equal training time (ShortFT §3; Hyper-SD §3.1); part i holds the
+            timesteps in [T(k-i)/k, T(k-i+1)/k).
+            "steps": parts of equal numbers of steps. So FLUX's sampler does it, whose steps are
+            equal before a shift.
+            "span": the parts' first timesteps span the chain from its first to its last, so that
+            the last part is that timestep alone. So diffusers' sampler of SD3 does it.
+        total: T.
 
     Returns:
-        k tuples of point indices: part i holds the timesteps in [T(k-i)/k, T(k-i+1)/k).
+        k tuples of point indices.
 
     Raises:
         ValueError: if a part would hold no timestep.
@@ -276,8 +287,10 @@ def cut(timesteps: Sequence[float], k: int, total: int | None) -> tuple[tuple[in
         raise ValueError(f"segments must be at least 1, got {k}")
     parts: list[list[int]] = [[] for _ in range(k)]
     for index, timestep in enumerate(timesteps):
-        if total is None:
+        if by == "steps":
             parts[index * k // len(timesteps)].append(index)
+        elif by == "span":
+            parts[index * (k - 1) // max(1, len(timesteps) - 1)].append(index)
         else:
             # T itself belongs to the first part; fractions on an edge must not depend on the
             # last bit.
@@ -292,5 +305,4 @@ def cut(timesteps: Sequence[float], k: int, total: int | None) -> tuple[tuple[in
 
 def segments(schedule: Schedule, k: int) -> tuple[tuple[int, ...], ...]:
     """`cut` of a schedule's own timesteps."""
-    flow = schedule.prediction_type == "flow"
-    return cut(schedule.timesteps.tolist(), k, None if flow else schedule.train_timesteps)
+    return cut(schedule.timesteps.tolist(), k, schedule.cut_by, schedule.train_timesteps)

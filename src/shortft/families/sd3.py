@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -77,8 +78,12 @@ class StableDiffusion3(PipelineFamily):
         self._tokens = (side // config.patch_size) ** 2
 
     def schedule(self, num_steps: int) -> Schedule:
+        """SD3's own points, whose first and last do not move with their number."""
         try:
-            return flow_schedule_from_config(self._scheduler_config, num_steps, tokens=self._tokens)
+            found = flow_schedule_from_config(
+                self._scheduler_config, num_steps, tokens=self._tokens
+            )
+            return replace(found, cut_by="span")
         except ValueError as error:
             raise UserError(f"--model {self.source}, --num-steps {num_steps}: {error}") from error
 
