@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import re
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 
+from shortft import shortcuts
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, ModelNetworks
 from shortft.plans import Step
-from shortft.shortcuts import PUBLISHED, Shortcut, check_shortcut, find_shortcut
+from shortft.shortcuts import HYPER, PUBLISHED, Shortcut, check_shortcut, find_shortcut
 from test_chain import make_shortcut
 from tiny import tiny_family
 
@@ -30,6 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str,
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(shortcuts, "SHA256", {})  # what is downloaded here is empty
     return asked
 
 
@@ -37,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str,
 def test_published_ones_run_as_their_authors_say(hub, name: str, tmp_path: Path):
     wanted = PUBLISHED[name]
     found = find_shortcut("some/model", name, wanted.steps or 5)
-    assert hub == [(wanted.repo, wanted.file, wanted.revision)]
+    assert hub == [(wanted.repo, wanted.file, None)]
     assert (found.guidance_scale, found.scale) == (wanted.guidance_scale, wanted.scale)
     guided = any(word in wanted.file for word in ("CFG", "FLUX", "normalcfg"))
     assert guided == (found.guidance_scale > 1)
@@ -69,14 +72,33 @@ def test_any_file_on_the_hub(hub):
     assert check_shortcut("--shortcut", "owner/name/x.safetensors")
 
 
-def test_a_published_one_at_a_revision(hub, monkeypatch: pytest.MonkeyPatch):
-    """Its own where it has one; the user's wins."""
-    known = replace(PUBLISHED["hyper-sd15-4"], revision="abc")
-    monkeypatch.setitem(PUBLISHED, "hyper-sd15-4", known)
-    find_shortcut("some/model", "hyper-sd15-4", 4)
+def test_a_published_one_at_the_users_revision(hub):
+    known = PUBLISHED["hyper-sd15-4"]
     find_shortcut("some/model", f"{known.repo}/{known.file}@v2", 4)
     find_shortcut("some/model", f"{known.repo}/{known.file}", 4)
-    assert [revision for *_, revision in hub] == ["abc", "v2", None]
+    assert [revision for *_, revision in hub] == ["v2", None]
+
+
+def test_a_published_file_must_be_the_known_one(hub, monkeypatch: pytest.MonkeyPatch):
+    known = PUBLISHED["hyper-sd3-4"]
+    content = hashlib.sha256(b"").hexdigest()
+    monkeypatch.setattr(shortcuts, "SHA256", {(known.repo, known.file): content})
+    find_shortcut("some/model", "hyper-sd3-4", 4)
+    monkeypatch.setattr(shortcuts, "SHA256", {(known.repo, known.file): "0" * 64})
+    with pytest.raises(UserError, match=f"not the file that is known.*{content}, not 0000") as told:
+        find_shortcut("some/model", "hyper-sd3-4", 4)
+    remedy = str(told.value).rsplit("--shortcut ", 1)[1]
+    assert find_shortcut("some/model", remedy, 4).guidance_scale == 3
+
+
+def test_known_contents_belong_to_published_files():
+    """Every Hyper-SD and two TCD files; each content once."""
+    files = {(known.repo, known.file) for known in PUBLISHED.values()}
+    assert set(shortcuts.SHA256) <= files
+    assert {f for f in files if f[0] == HYPER} <= set(shortcuts.SHA256)
+    hashes = list(shortcuts.SHA256.values())
+    assert len(set(hashes)) == len(hashes) == 17
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in hashes)
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch):

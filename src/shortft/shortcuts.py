@@ -6,6 +6,7 @@ Light to import: the command line checks names before anything heavy is loaded.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ class Published:
             between any two times, so that any number will do.
         guidance_scale: what it runs with; 1 is unguided.
         scale: of the LoRA.
-        revision: commit of the repository; None for its newest.
     """
 
     repo: str
@@ -37,7 +37,11 @@ class Published:
     steps: int | None
     guidance_scale: float = 1.0
     scale: float = 1.0
-    revision: str | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the file's content, where it is known."""
+        return SHA256.get((self.repo, self.file))
 
 
 HYPER, PCM, TCD = "ByteDance/Hyper-SD", "wangfuyun/PCM_Weights", "h1t/TCD-{}-LoRA"
@@ -80,6 +84,60 @@ PUBLISHED = {
             ("tcd-sdxl", "SDXL"),
         )
     },
+}
+# No commit of these repositories is known, but what the files hold is.
+SHA256 = {
+    (HYPER, "Hyper-SD15-2steps-lora.safetensors"): (
+        "2f26dcc1d883feb07557a552315baae2ca2a04ac08556b08a355a244547e8c3a"
+    ),
+    (HYPER, "Hyper-SD15-4steps-lora.safetensors"): (
+        "c5dd058616461ed5053e2b14eec4dbe3fa0eea3b13688642f6d6c80ea2ba5958"
+    ),
+    (HYPER, "Hyper-SD15-8steps-lora.safetensors"): (
+        "91fc3186236e956d64dbb4357f2e120c69b968b78af7d2db9884a5ca74d3cd13"
+    ),
+    (HYPER, "Hyper-SD15-8steps-CFG-lora.safetensors"): (
+        "f6123d5b950d5250ab6c33600e27f4dcf71b3099ebf888685e01e9e8117ce482"
+    ),
+    (HYPER, "Hyper-SD15-12steps-CFG-lora.safetensors"): (
+        "64b98437383537cd968fda6f87a05c33160ece9c79ff4757949a1e212ff78361"
+    ),
+    (HYPER, "Hyper-SDXL-2steps-lora.safetensors"): (
+        "69b25c0187ced301c3603c599c0bc509ac99b8ac34db89a2aecc3d5f77a35187"
+    ),
+    (HYPER, "Hyper-SDXL-4steps-lora.safetensors"): (
+        "12f81a27d00a751a40d68fd15597091896c5a90f3bd632fb6c475607cbdad76e"
+    ),
+    (HYPER, "Hyper-SDXL-8steps-lora.safetensors"): (
+        "ca689190e8c46038550384b5675488526cfe5a40d35f82b27acb75c100f417c1"
+    ),
+    (HYPER, "Hyper-SDXL-8steps-CFG-lora.safetensors"): (
+        "55b51334c85061afff5eff7c550b61963c8b8607a5868bbe4f26db49374719b1"
+    ),
+    (HYPER, "Hyper-SDXL-12steps-CFG-lora.safetensors"): (
+        "0b97f447b5878323a28fbe7c51ba7acebd21f4d77552ba77b04b11c8911825b6"
+    ),
+    (HYPER, "Hyper-SD3-4steps-CFG-lora.safetensors"): (
+        "0ee4e529abd17b06d4295e3bb91c0d4ddae393afad86b2b43c4f5eeb9e401602"
+    ),
+    (HYPER, "Hyper-SD3-8steps-CFG-lora.safetensors"): (
+        "fc6a3e73e14ed11e21e4820e960d7befcffe7e333850ada9545f239e9aa6027e"
+    ),
+    (HYPER, "Hyper-SD3-16steps-CFG-lora.safetensors"): (
+        "5b4d0b99d58deb811bdbbe521a06f4dbf56a2e9148ff3211c594e0502b656bc9"
+    ),
+    (HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors"): (
+        "e0ab0fdf569cd01a382f19bd87681f628879dea7ad51fe5a3799b6c18c7b2d03"
+    ),
+    (HYPER, "Hyper-FLUX.1-dev-16steps-lora.safetensors"): (
+        "6461f67dfc1a967ae60344c3b3f350877149ccab758c273cc37f5e8a87b5842e"
+    ),
+    (TCD.format("SD15"), "pytorch_lora_weights.safetensors"): (
+        "eaecb24a1cda4411eab67275b1d991071216ac93693e8fa0c9226c9df0386232"
+    ),
+    (TCD.format("SDXL"), "pytorch_lora_weights.safetensors"): (
+        "2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba"
+    ),
 }
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)/([^@]+\.safetensors)(?:@([\w.-]+))?")
 
@@ -136,7 +194,8 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
     on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
     if name in PUBLISHED:
         published = PUBLISHED[name]
-        path = fetch(name, published.repo, published.file, published.revision)
+        path = fetch(name, published.repo, published.file, None)
+        check_content(name, path, published)
     elif on_hub:
         path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
     elif name != "auto":
@@ -203,6 +262,22 @@ def fetch(name: str, repo: str, file: str, revision: str | None) -> Path:
         raise UserError(
             f"--shortcut {name}: {file} of {repo} cannot be fetched ({reason}); give a local file"
         ) from error
+
+
+def check_content(name: str, path: Path, published: Published) -> None:
+    """Whether a downloaded file is the one that is known under its name.
+
+    Raises:
+        UserError: if it is another.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if published.sha256 not in (None, found):
+        raise UserError(
+            f"--shortcut {name}: {published.file} of {published.repo} is not the file that is "
+            f"known (SHA-256 {found}, not {published.sha256}); remove {path} to fetch it again, "
+            f"or take it as it is by --shortcut {published.repo}/{published.file}"
+        )
 
 
 def own_guidance(shortcut: Path) -> float:
