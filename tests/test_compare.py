@@ -262,6 +262,18 @@ def results_of(gains: dict[str, dict[str, list[float]]]) -> compare_figures.Resu
     }
 
 
+def test_pictures_leave_out_rates_where_names_stay_apart():
+    methods = (
+        "refl",
+        "draft_k:learning_rate=6e-3",
+        "thinned:calls=4,learning_rate=2e-3,late=2",
+        "drtune:learning_rate=1e-3",
+        "drtune:learning_rate=2e-3",
+    )
+    shown = ["refl", "draft_k", "thinned:calls=4,late=2", *methods[3:]]
+    assert list(compare_figures.names_shown(methods).values()) == shown
+
+
 def test_figures_over_several_rewards_are_those_computed_by_hand():
     results = results_of(
         {
@@ -369,7 +381,7 @@ def test_a_method_may_bring_its_own_rate(base, trained):
     rates = {method: job.learning_rate for method, job in runs.items()}
     assert rates == dict(zip(methods, (3e-3, 1e-2, 0.2), strict=True))
     assert shop.config(runs[methods[2]]).learning_rate == 0.2
-    assert shop.config(runs[methods[2]]).method_options == {"k": "2"}
+    assert shop.config(runs[methods[2]]).method_options == {"k": 2}
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "much"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,16 @@ def gain(result: dict[str, Any]) -> float:
 
 def median_gain(runs: Runs) -> float:
     return median(map(gain, runs))
+
+
+def names_shown(methods: Sequence[str]) -> dict[str, str]:
+    """Competitors' names for pictures: without their own learning rates, where that is enough.
+
+    Tables have the rates in a column of their own.
+    """
+    plain = {m: re.sub(r"(?<=[:,])learning_rate=[^,]*,?", "", m).rstrip(":,") for m in methods}
+    counted = list(plain.values())
+    return {m: m if counted.count(short) > 1 else short for m, short in plain.items()}
 
 
 def is_rival(method: str) -> bool:

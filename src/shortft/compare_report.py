@@ -21,6 +21,7 @@ from shortft.compare_figures import (
     is_rival,
     mean_gain_ratio,
     median_gain,
+    names_shown,
     seconds_to_reach,
 )
 from shortft.drawing.files import write_atomic
@@ -257,12 +258,19 @@ def draw_methods(results: Results, reward: str, path: Path) -> Path:
     from shortft.drawing.lines import Line, Panel, draw_lines
 
     lines = []
+    names = names_shown([method for r, method in results if r == reward])
     for (r, method), runs in results.items():
         if r == reward and runs[0]["curve"]:
             times, values = curve(runs)
             thin = [([t for t, _ in run["curve"]], [v for _, v in run["curve"]]) for run in runs]
             lines.append(
-                Line(method, times.tolist(), values.tolist(), thin, strong=method == "shortft")
+                Line(
+                    names[method],
+                    times.tolist(),
+                    values.tolist(),
+                    thin,
+                    strong=names[method] == "shortft",
+                )
             )
     lines.sort(key=lambda line: -line.y[-1])
     label = f"reward {reward} on held-out prompts"
@@ -278,6 +286,7 @@ def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:
 
     rows: list[Tensor] = []
     labels: list[str] = []
+    names = names_shown(workshop.comparison.methods)
     for job in workshop.jobs():
         if not job.search and job.done and job.reward == reward and job.seed == 0:
             pictures = load_file(job.folder / "pictures.safetensors")
@@ -285,7 +294,8 @@ def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:
                 rows.append(pictures["before"])
                 labels.append("base")
             rows.append(pictures["after"])
-            labels.append(job.method.replace("_", "_\n", 1) if len(job.method) > 12 else job.method)
+            name = names[job.method]
+            labels.append(name.replace("_", "_\n", 1) if len(name) > 12 else name)
     if not rows:
         return None
     prompts = workshop.held_out_prompts()[: len(rows[0])]
