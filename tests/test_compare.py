@@ -153,6 +153,18 @@ def test_other_settings_in_the_same_folder_are_refused(base):
         Workshop(base.output_dir, SPEC, base.model_copy(update={"rank": 3})).prepare()
 
 
+def test_a_setting_that_is_younger_than_the_folder_had_its_default(base):
+    workshop(base)
+    kept = base.output_dir / "compare.json"
+    held = json.loads(kept.read_text())
+    del held["base"]["shard"]
+    kept.write_text(json.dumps(held))
+    workshop(base)
+    kept.write_text(json.dumps(held))
+    with pytest.raises(UserError, match="another base"):
+        Workshop(base.output_dir, SPEC, base.model_copy(update={"shard": True})).prepare()
+
+
 def test_a_comparison_may_grow(base, trained):
     compare.run_all(workshop(base), pretended, lambda _: None)
     trained.clear()

@@ -79,6 +79,9 @@ class Workshop:
         kept = self.root / "compare.json"
         if kept.exists():
             found = json.loads(kept.read_text(encoding="utf-8"))
+            # A setting that is younger than the folder had its default value there.
+            young = Config().model_dump(mode="json", exclude={"output_dir"})
+            found["base"] = {**young, **found.get("base", {})}
             free = ("methods", "rewards", "seeds")
             differing = [
                 n for n, value in wanted.items() if n not in free and found.get(n) != value
