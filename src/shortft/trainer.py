@@ -411,7 +411,8 @@ def as_launched(config: Config) -> Config:
             "accelerate launch: --fsdp_offload_params true is not supported; leave it out, and "
             "save memory by --recompute and --encode-ahead"
         )
-    os.environ["ACCELERATE_USE_FSDP"] = "false"  # accelerate itself has nothing to wrap
+    # accelerate has nothing to wrap, and transformers must not leave weights for FSDP to fill.
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
     return Config.model_validate({**config.model_dump(), "shard": True})
 
 
