@@ -238,8 +238,9 @@ def two_networks():
 
 
 @elastic
-def test_two_machines(settings, tmp_path: Path, two_networks: None):
-    config = config_of(settings, updates=3, output_dir=tmp_path / "machines")
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_machines(settings, tmp_path: Path, two_networks: None, shard: bool):
+    config = config_of(settings, updates=3, shard=shard, output_dir=tmp_path / "machines")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     launched = []
     for rank, name in enumerate(NETWORKS):
@@ -255,7 +256,7 @@ def test_two_machines(settings, tmp_path: Path, two_networks: None):
     for process in launched:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
-    here = config.model_copy(update={"output_dir": tmp_path / "here"})
+    here = config.model_copy(update={"output_dir": tmp_path / "here", "shard": False})
     assert together(2, train_until, here, "none") == [0, 0]
     one, two = weights(here.output_dir / "adapter"), weights(config.output_dir / "adapter")
     assert all(torch.equal(one[name], two[name]) for name in one)
