@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # transformers tells every user without torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # And bitsandbytes, which peft imports, tells of a kernel that nothing here calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:
@@ -122,7 +125,9 @@ def train(
     **options: object,
 ) -> None:
     """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
-    config = _config(config_file, options)
+    from shortft.launcher import as_launched
+
+    config = as_launched(_config(config_file, options))
     refuse_links(config.output_dir, RUN)
     if dry_run:
         print(to_yaml(config), end="", flush=True)

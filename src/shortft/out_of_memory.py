@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from shortft.assets import EMBEDDED
 from shortft.config import Config
+from shortft.errors import UserError
+from shortft.launcher import processes
+from shortft.rewards.places import reward_places
+from shortft.rewards.spec import scorers
 
 
 def ran_out(error: BaseException) -> bool:
@@ -17,24 +23,56 @@ def ran_out(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text
 
 
-def advice(config: Config, micro_batch: int) -> str:
-    """Which options save how much, of those that are not in use yet."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ways = []
+def savings(config: Config) -> dict[str, str]:
+    """Options that save memory and are not in use yet: what each saves."""
+    ways = {}
+    parts = config.batch_size // processes()  # as many as a process has pictures
     if not config.recompute:
-        ways.append("--recompute (activations of one call instead of all)")
+        ways["--recompute"] = "activations of one call instead of all"
     if config.guidance_grad == "both":
-        ways.append("--guidance-grad positive (half of each call)")
-    if micro_batch > 1:
-        ways.append(f"--accumulation {config.batch_size} (pictures one by one, same updates)")
+        ways["--guidance-grad positive"] = "half of each call"
+    if config.accumulation < parts:
+        ways[f"--accumulation {parts}"] = "pictures one by one, same updates"
     if config.precision == "fp32":
-        ways.append("--precision bf16 (half)")
-    if several and not config.shard:
-        ways.append("--shard (each process keeps a part of the denoiser's weights)")
+        ways["--precision bf16"] = "half"
+    if processes() > 1 and not (config.shard or config.merge or config.split_on_out_of_memory):
+        ways["--shard"] = "each process keeps a part of the denoiser's weights"
     if config.merge:
-        ways.append("--no-merge (no copies of layers with LoRAs)")
+        ways["--no-merge"] = "no copies of layers with LoRAs"
+    if config.model != EMBEDDED and not config.encode_ahead:
+        ways["--encode-ahead"] = "the text encoders"
+    if config.model != EMBEDDED and config.decoder is None:
+        ways["--decoder with a small one"] = "most of decoding"
+    if torch.cuda.is_available():
+        if config.reward_device is None and reward_places(
+            scorers(config.reward), config.reward_model
+        ):
+            ways["--reward-device offload"] = "the reward's models while the chain runs"
+        if config.optimizer == "adamw":
+            ways["--optimizer adamw8bit"] = "three quarters of the optimizer"
+    return ways
+
+
+def advice(config: Config, micro_batch: int) -> str:
+    """The message when memory ran out: which options save how much."""
+    ways = [f"{option} ({what})" for option, what in savings(config).items()]
     listed = ", ".join(ways) or "a smaller --rank, or a smaller model"
     return (
         f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
         f"nothing is lost, go on by --resume with {listed}"
     )
+
+
+@contextmanager
+def advised(config: Config, micro_batch: int) -> Iterator[None]:
+    """Turn a lack of memory into advice.
+
+    Raises:
+        UserError: with it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise UserError(advice(config, micro_batch)) from error

@@ -20,9 +20,11 @@ from shortft.drawing.progress import TrainProgress
 from shortft.errors import Stopped, Torn, UserError
 from shortft.faithful import require_faithful
 from shortft.interrupts import Interrupts
+from shortft.launcher import as_launched
 from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
+from shortft.out_of_memory import advised
 from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
 from shortft.trainer import Trainer
@@ -47,6 +49,7 @@ def train(
         Stopped: if a signal asked for it; a checkpoint was written.
         Torn: if an update failed halfway; older checkpoints are whole.
     """
+    config = as_launched(config)
     root = config.output_dir
     refuse_links(root, RUN)
     found = names_in(root / "checkpoints")
@@ -201,7 +204,8 @@ def run_updates(
         if main and counters.look_due:
             look(trainer, log, progress, interrupts)
         elif counters.look_due and config.shard:
-            trainer.pictures()  # the first process needs all of them to run the denoiser
+            with advised(config, trainer.micro_batch):
+                trainer.pictures()  # the first process needs all of them to run the denoiser
         counters.look_due = False
         trainer.agree_on_guard()
 

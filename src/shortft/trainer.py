@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from shortft.fingerprint import fingerprint
 from shortft.guard import Guard
 from shortft.inputs import read_prompts
 from shortft.judge import judge
+from shortft.launcher import check_split, processes
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer
@@ -65,22 +65,15 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config = as_launched(config)
+        self.config = config
         check_local_files(config)
         # Without this, processes that torchrun starts on CPUs would not know of one another.
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
-            cpu=several and not torch.cuda.is_available(),
+            cpu=processes() > 1 and not torch.cuda.is_available(),
             log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(config.output_dir),
         )
-        share = config.accumulation * self.accelerator.num_processes
-        if config.batch_size % share:
-            raise UserError(
-                f"--batch-size {config.batch_size}: cannot be split over "
-                f"{self.accelerator.num_processes} processes × {config.accumulation} parts; use a "
-                f"multiple of {share}"
-            )
+        check_split(config, self.accelerator.num_processes)
         self.prompts = training_prompts(config)
         shown = config.sample_from
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
@@ -385,35 +378,6 @@ class Trainer:
                 batch_size=self.micro_batch,
             )
         return prompts, images
-
-
-def as_launched(config: Config) -> Config:
-    """The configuration with what accelerate's launcher asks for: FSDP is `shard` here.
-
-    Raises:
-        UserError: if it asks for DeepSpeed, Megatron or FSDP's offloading, or if `shard` does not
-            fit the configuration.
-    """
-
-    def asked(name: str) -> bool:
-        return os.environ.get(name, "false").lower() in ("true", "1")
-
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if asked(f"ACCELERATE_USE_{name}"):
-            raise UserError(
-                f"accelerate launch: {name} is asked for, which is not supported; start without it "
-                "(docs/several-gpus.md), and share the model out by --shard"
-            )
-    if not asked("ACCELERATE_USE_FSDP"):
-        return config
-    if asked("FSDP_OFFLOAD_PARAMS"):
-        raise UserError(
-            "accelerate launch: --fsdp_offload_params true is not supported; leave it out, and "
-            "save memory by --recompute and --encode-ahead"
-        )
-    # accelerate has nothing to wrap, and transformers must not leave weights for FSDP to fill.
-    os.environ["ACCELERATE_USE_FSDP"] = "false"
-    return Config.model_validate({**config.model_dump(), "shard": True})
 
 
 def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shortft.drawing.progress import TrainProgress
-from shortft.errors import UserError
 from shortft.guard import Look
 from shortft.interrupts import Interrupts
 from shortft.kept import keep_best
 from shortft.metrics import diversity, picture_statistics
 from shortft.metrics_log import MetricsLog
-from shortft.out_of_memory import advice, ran_out
+from shortft.out_of_memory import advised
 from shortft.rewards.clip import ClipReward
 from shortft.trainer import Trainer
 
@@ -29,12 +28,8 @@ def look(
     Raises:
         UserError: if memory runs out or a reward misbehaves; the run can go on from here.
     """
-    try:
+    with advised(trainer.config, trainer.micro_batch):
         row, images = figures(trainer)
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
-            raise
-        raise UserError(advice(trainer.config, trainer.micro_batch)) from error
     update = trainer.counters.update
     seen = Look(update, row["eval_reward"], row.get("eval_held_out"))
     if not seen.is_finite:

@@ -14,12 +14,16 @@ from processes import together
 from test_processes import CPUS, config_of, log_of
 from torch import nn
 
-from shortft.config import Config, to_yaml
+from shortft import launcher
+from shortft.config import Config, load_config, to_yaml
 from shortft.errors import UserError
 from shortft.families import load_family
 from shortft.families.sharding import ShardedLinear
+from shortft.launcher import as_launched, check_split
+from shortft.out_of_memory import savings
+from shortft.preflight.dry_run import dry_run
 from shortft.train import train
-from shortft.trainer import Trainer, as_launched
+from shortft.trainer import Trainer
 from test_train import weights, weights_of
 from tiny_families import tiny
 
@@ -127,12 +131,13 @@ def test_what_does_not_go_together_is_told(settings, other):
 
 
 def test_the_launchers_answers_are_read(settings, monkeypatch):
+    monkeypatch.setattr(launcher, "_shares", False)
     config = config_of(settings)
     assert not as_launched(config).shard
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert as_launched(config) == config.model_copy(update={"shard": True})
-    assert os.environ["ACCELERATE_USE_FSDP"] == "false"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for _ in range(2):  # a script may train twice
+        assert as_launched(config) == config.model_copy(update={"shard": True})
+        assert os.environ["ACCELERATE_USE_FSDP"] == "false"
     with pytest.raises(UserError, match="--no-merge"):
         as_launched(config_of(settings, merge=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -180,3 +185,34 @@ def test_accelerate_launch_with_fsdp(settings, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0", "rank-1"]
     one, two = weights(whole / "adapter"), weights(tmp_path / "shared" / "adapter")
     assert all(torch.equal(one[name], two[name]) for name in one)
+    # So the run's own file starts it as it was, by any launcher.
+    assert load_config(tmp_path / "shared" / "config.yaml").shard
+
+
+def test_memory_that_runs_out_is_advice_on_every_process(settings, tmp_path: Path):
+    config = config_of(settings, shard=True, sample_every=1, output_dir=tmp_path / "run")
+    assert together(2, out_of_memory_at_a_look, config) == [0, 0]
+
+
+def out_of_memory_at_a_look(rank: int, config: Config) -> None:
+    def pictures(self: Trainer) -> None:
+        raise MemoryError
+
+    Trainer.pictures = pictures  # type: ignore[assignment,method-assign]
+    with pytest.raises(UserError, match=r"out of memory.*--recompute"):
+        train(config)
+
+
+def test_what_saves_memory_is_what_the_settings_take(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = config_of(settings, batch_size=8)
+    ways = savings(config)
+    assert {"--shard", "--accumulation 4"} < ways.keys()
+    for other in ({"merge": True}, {"split_on_out_of_memory": True}, {"shard": True}):
+        assert "--shard" not in savings(config.model_copy(update=other))
+    assert "--encode-ahead" in ways
+    check_split(config.model_copy(update={"accumulation": 4}), 2)
+    with pytest.raises(UserError, match="2 processes × 8 parts; use a multiple of 16"):
+        check_split(config.model_copy(update={"accumulation": 8}), 2)
+    with pytest.raises(UserError, match="2 processes × 8 parts"):
+        dry_run(config.model_copy(update={"accumulation": 8}))

@@ -47,11 +47,15 @@ class _Gathered(torch.autograd.Function):
         return (grad @ weight).to(ctx.dtype), None, None, None
 
 
+# The same collective under its newer name, where torch has it.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @torch.no_grad()
 def gathered(part: Tensor, shape: tuple[int, int]) -> Tensor:
     """The whole weight, from the parts of all processes."""
     whole = part.new_empty(part.numel() * dist.get_world_size())
-    dist.all_gather_into_tensor(whole, part)
+    _gather(whole, part)
     return whole[: shape[0] * shape[1]].view(shape)
 
 

@@ -13,7 +13,9 @@ from shortft.drawing.plan_text import plan_text
 from shortft.drawing.progress import memory_text
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
+from shortft.launcher import check_split, processes
 from shortft.methods import METHODS
+from shortft.out_of_memory import savings
 from shortft.preflight import machine
 from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
 from shortft.preflight.files import problems
@@ -45,6 +47,7 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
         UserError: the first thing that would stop the run.
     """
     console = Console(stderr=True, width=80)  # the configuration alone goes to standard output
+    check_split(config, processes())
     device = machine.devices()[0]
     folder = configurations(config.pipeline or config.model)
     checks = [*check_places(config), check_prompts(config), check_output(config, resume=resume)]
@@ -164,21 +167,7 @@ def check_memory(config: Config, found: Estimate, device: machine.Device) -> Che
 
 def advice(config: Config) -> str:
     """What saves most and is not in use yet."""
-    ways = []
-    if not config.recompute:
-        ways.append("--recompute")
-    if config.guidance_grad == "both":
-        ways.append("--guidance-grad positive")
-    if config.accumulation < config.batch_size:
-        ways.append(f"--accumulation {config.batch_size}")
-    if config.decoder is None:
-        ways.append("--decoder with a small one")
-    if not config.encode_ahead:
-        ways.append("--encode-ahead")
-    if config.precision == "fp32":
-        ways.append("--precision bf16")
-    if config.merge:
-        ways.append("--no-merge")
+    ways = savings(config)
     return "try " + ", ".join(ways) if ways else "take a smaller --rank or --resolution"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from shortft.config import Config
 from shortft.cost import Cost, Kept
 from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
+from shortft.launcher import processes
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.plans import Plan
 from shortft.preflight.outline import (
@@ -115,8 +115,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     guidance = Guidance(
         family.default_guidance_scale if scale is None else scale, config.guidance_grad
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = max(1, config.batch_size // (config.accumulation * processes))
+    micro = max(1, config.batch_size // (config.accumulation * processes()))
     models = [
         REWARD_MODELS[name]
         for spec in specs(config)
@@ -138,7 +137,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     width = 2 if config.precision == "bf16" else 4
     weights = parameters(family.denoiser) * width
     if config.shard:
-        weights -= int(linear_parameters(family.denoiser) * width * (1 - 1 / processes))
+        weights -= int(linear_parameters(family.denoiser) * width * (1 - 1 / processes()))
     encoders = encoder_parameters(folder) * (4 if family.text_in_fp32 else width)
     per_number = 2 if config.reward_precision == "bf16" else 4
     scored_by = int(sum(millions * 1e6 * per_number for millions, _ in models))
