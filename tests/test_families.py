@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderTiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from shortft import load_adapter
 from shortft.adapter import AdapterInfo, load_into, save_adapter
+from shortft.assets import asset
 from shortft.chain import run_chain
 from shortft.config import Config
 from shortft.errors import UserError
@@ -22,8 +24,9 @@ from shortft.families.flux import from_tokens, to_tokens
 from shortft.methods.shortft import shortft_plan
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters, lora_state, view
 from shortft.plans import Plan, base_plan, inference_plan
+from shortft.preflight.outline import empty_family
 from shortft.quiet import quiet
-from shortft.sampling import generate
+from shortft.sampling import generate, load_tuned
 from shortft.step import decode
 from shortft.trainer import Trainer
 from tiny import randomise_loras, to_float64
@@ -97,12 +100,13 @@ def test_chain_equals_the_familys_own_pipeline(models: dict[str, Path], name: st
         ("sd", {"second": True}, SCALE),
         ("sdxl", {"zeros_for_empty": False}, SCALE),
         ("sd3", {"t5": False}, SCALE),
+        ("sd3", {"first": True}, SCALE),
         ("flux", {"guidance_embeds": False}, 1.0),
         ("flux2", {"distilled": True}, 1.0),
     ],
 )
 def test_variants_of_a_family(tmp_path: Path, name: str, options: dict[str, bool], scale: float):
-    """SD 2.x (v-prediction), SDXL with an encoded empty prompt, SD3 without T5, distilled FLUX."""
+    """SD 2.x (v-prediction), SDXL with an encoded empty prompt, SD3.0, SD3 without T5, FLUX.1."""
     pipe = tiny(name, **options)
     family = load_family(str(save(pipe, tmp_path)), device="cpu")
     nets = ModelNetworks(family, guidance=Guidance(scale))
@@ -119,6 +123,32 @@ def test_flux2_at_other_numbers_of_steps(models: dict[str, Path], steps: int):
     schedule, visited = family.schedule(steps), pipe.scheduler.timesteps
     torch.testing.assert_close(schedule.timesteps.float(), visited, atol=1e-3, rtol=0)
     assert (schedule.shift == family.schedule(STEPS).shift) == (steps == STEPS)
+
+
+@pytest.mark.parametrize(
+    ("outline", "name", "options"),
+    [
+        ("sd15", "sd", {}),
+        ("sdxl", "sdxl", {}),
+        ("sd3", "sd3", {"first": True}),
+        ("sd35", "sd3", {}),
+        ("flux", "flux", {}),
+        ("flux2", "flux2", {}),
+    ],
+)
+def test_tiny_models_have_every_layer_of_the_real_ones(outline, name, options):
+    real, pipe = empty_family(asset("outlines", outline)), tiny(name, **options)
+
+    def layers(network: nn.Module) -> set[tuple[str, str]]:
+        """Every parameter's name without numbers, and the kind of its layer."""
+        return {
+            (re.sub(r"\d+", "N", f"{path}.{key}"), type(layer).__name__)
+            for path, layer in network.named_modules()
+            for key, _ in layer.named_parameters(recurse=False)
+        }
+
+    assert layers(real.denoiser) <= layers(getattr(pipe, real.part))
+    assert layers(real.vae) <= layers(pipe.vae)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("sd3", 10), ("sd3", 28), ("flux", 12)])
@@ -465,6 +495,21 @@ def test_adapter_in_the_familys_pipeline(models: dict[str, Path], tmp_path: Path
     fresh = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2, seed=9)
     load_into(fresh, tmp_path)
     torch.testing.assert_close(ours(family, plan, fresh), tuned, atol=0, rtol=0)
+
+
+def test_an_older_adapter_of_sd3_acts_where_it_was_trained(models, tmp_path: Path):
+    """In our own chain as in the pipeline: it does not say how its chain was cut."""
+    family = load_family(str(models["sd3"]), device="cpu")
+    nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
+    randomise_loras(nets, 0.3)
+    save_adapter(nets, AdapterInfo("tiny", K, 2, K, "stacked", STEPS, [], [], SCALE, {}), tmp_path)
+    tuned, schedule, plan = load_tuned(family, tmp_path, None, None)
+    assert schedule.cut_by == "steps"
+    assert plan != inference_plan(family.schedule(STEPS), K)
+    images = ours(family, plan, tuned)
+    pipe = tiny("sd3")
+    load_adapter(pipe, tmp_path)
+    torch.testing.assert_close(images, theirs(pipe, 16), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("flux", STEPS), ("flux2", STEPS), ("flux2", 69)])

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from shortft.adapter import load_into
+from shortft.checkpoint import load_latest
 from shortft.config import Config
 from shortft.errors import UserError
-from shortft.kept import write_adapter
+from shortft.kept import keep, restore, write_adapter
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import sample_seed
@@ -176,6 +177,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings):
     assert trainer.counters.skipped == 0
 
 
+SOMETIMES = """
+calls = 0
+
+def sometimes(images, prompts):
+    global calls
+    calls += 1
+    scores = images.mean(dim=(1, 2, 3))
+    return scores * float("nan") if calls == 2 else scores
+"""
+
+
+def test_an_update_that_is_skipped_is_counted_and_told(settings, tmp_path: Path, capsys):
+    (tmp_path / "sometimes.py").write_text(SOMETIMES)
+    change = {"reward": f"{tmp_path / 'sometimes.py'}:sometimes", "updates": 4, "sample_every": 0}
+    change["progress"] = True
+    config = Config(**{**settings, **change})
+    train(config)
+    assert [row["skipped"] for row in rows(config.output_dir)] == [False, True, False, False]
+    told = "update 2: reward or gradient not finite, nothing changed"
+    printed = "".join(capsys.readouterr())
+    assert [line for line in printed.splitlines() if "not finite" in line] == [told]
+
+
 def test_out_of_memory_is_advice_or_smaller_parts_of_the_same_updates(settings, tmp_path: Path):
     whole = Config(**{**settings, "updates": 2, "output_dir": tmp_path / "whole"})
     train(whole)
@@ -210,6 +234,25 @@ def test_out_of_memory_is_advice_or_smaller_parts_of_the_same_updates(settings, 
     two = weights(trainer.config.output_dir / "adapter")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    keep(trainer, 0)  # the parts stay, so that a resume rounds sums in the same order
+    saved, _ = load_latest(trainer.config.output_dir / "checkpoints")
+    for split, splits in ((True, 4), (False, 1)):
+        resumed = narrow(split_on_out_of_memory=split)
+        restore(resumed, saved)
+        assert resumed.splits == splits
+
+
+def test_a_run_whose_chain_was_cut_otherwise_is_not_resumed(settings):
+    config = Config(**{**settings, "updates": 1})
+    train(config)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    assert saved.state["cut_by"] == "time"
+    restore(Trainer(config), saved)
+    del saved.state["cut_by"]  # older
+    restore(Trainer(config), saved)
+    saved.state["cut_by"] = "span"
+    with pytest.raises(UserError, match="cut into segments by span, and would now be by time"):
+        restore(Trainer(config), saved)
 
 
 def test_a_changed_setting_is_shown_and_needs_leave(settings):

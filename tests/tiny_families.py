@@ -45,7 +45,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(asset("emoji", "tokenizer"))
 
 
-def clip_encoder(kind: Any, *, width: int = 16, projection: int = 16) -> Any:
+def clip_encoder(
+    kind: Any, *, width: int = 16, projection: int = 16, act: str = "quick_gelu"
+) -> Any:
     tokenizer = clip_tokenizer()
     return kind(
         CLIPTextConfig(
@@ -54,6 +56,7 @@ def clip_encoder(kind: Any, *, width: int = 16, projection: int = 16) -> Any:
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
+            hidden_act=act,
             projection_dim=projection,
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
@@ -120,7 +123,7 @@ def autoencoder(kind: Any = AutoencoderKL, **options: Any) -> Any:
     return kind(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        block_out_channels=(8, 16),  # of two widths, as real ones, for the shortcuts between them
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=PIXELS,
@@ -148,7 +151,9 @@ def tiny_sdxl(*, zeros_for_empty: bool = True, projection: int = 20) -> StableDi
     return StableDiffusionXLPipeline(
         vae=autoencoder(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
         text_encoder=clip_encoder(CLIPTextModel),
-        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, width=24, projection=projection),
+        text_encoder_2=clip_encoder(
+            CLIPTextModelWithProjection, width=24, projection=projection, act="gelu"
+        ),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=UNet2DConditionModel(
@@ -190,8 +195,12 @@ def tiny_sdxl(*, zeros_for_empty: bool = True, projection: int = 20) -> StableDi
     )
 
 
-def tiny_sd3(*, t5: bool = True) -> StableDiffusion3Pipeline:
-    """8 × 8 latents; SD3.5 medium's query-key norm and second attention in one layer."""
+def tiny_sd3(*, t5: bool = True, first: bool = False) -> StableDiffusion3Pipeline:
+    """8 × 8 latents; SD3.5 medium's query-key norm and second attention in one layer.
+
+    Args:
+        first: as in 3.0, which has neither.
+    """
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -205,8 +214,8 @@ def tiny_sd3(*, t5: bool = True) -> StableDiffusion3Pipeline:
             caption_projection_dim=16,
             pooled_projection_dim=12 + 20,
             pos_embed_max_size=8,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
+            dual_attention_layers=() if first else (0,),
+            qk_norm=None if first else "rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
         vae=autoencoder(
@@ -218,7 +227,9 @@ def tiny_sd3(*, t5: bool = True) -> StableDiffusion3Pipeline:
         ),
         text_encoder=clip_encoder(CLIPTextModelWithProjection, width=12, projection=12),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, width=20, projection=20),
+        text_encoder_2=clip_encoder(
+            CLIPTextModelWithProjection, width=20, projection=20, act="gelu"
+        ),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_encoder(width=36) if t5 else None,
         tokenizer_3=t5_tokenizer() if t5 else None,

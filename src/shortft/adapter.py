@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,7 +24,7 @@ from shortft.errors import UserError
 from shortft.networks import activate, lora_name
 from shortft.plans import Placement, adapters_at, parts_for
 from shortft.quiet import quiet
-from shortft.schedule import Cut, cut
+from shortft.schedule import Cut, Schedule, cut
 from shortft.weights_file import check_weights_file
 
 if TYPE_CHECKING:
@@ -67,10 +67,23 @@ class AdapterInfo:
     cut_by: Cut | None = None
     format: int = FORMAT
 
+    def cut(self, *, flow: bool) -> Cut:
+        """How its chain is cut, of a flow model or of another."""
+        return self.cut_by or usual_cut(flow=flow)
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """A schedule of its model, cut as its chain was."""
+        return replace(schedule, cut_by=self.cut(flow=schedule.prediction_type == "flow"))
+
     @property
     def parts(self) -> int:
         """Segments that a chain must have at inference, see `plans.parts_for`."""
         return parts_for(self.placement, self.segments)
+
+
+def usual_cut(*, flow: bool) -> Cut:
+    """How chains were cut before that was written down."""
+    return "steps" if flow else "time"
 
 
 _LORA_FILE = re.compile(r"lora_\d+\.safetensors")
@@ -221,9 +234,8 @@ class TimestepRouter:
         times = tuple(dict.fromkeys(float(t) for t in scheduler.timesteps))
         if times not in self._routes:
             config = scheduler.config
-            flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas")
-            by = info.cut_by or ("steps" if flow else "time")
-            parts = cut(times, info.parts, by, config.num_train_timesteps)
+            flow = "FlowMatch" in type(scheduler).__name__ or bool(config.get("use_flow_sigmas"))
+            parts = cut(times, info.parts, info.cut(flow=flow), config.num_train_timesteps)
             counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]

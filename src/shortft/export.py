@@ -274,7 +274,7 @@ def _write_loras(
     def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state if kind == "diffusers" else kohya_state(state)
 
-    schedule = family.schedule(info.num_steps)
+    schedule = info.schedule(family.schedule(info.num_steps))
     names = []
     for number, state in enumerate(states, start=1):
         file = lora_file(number) if kind == "diffusers" else f"{name}-{number}.safetensors"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shortft.adapter import AdapterInfo, copy_state, save_adapter
+from shortft.adapter import AdapterInfo, copy_state, save_adapter, usual_cut
 from shortft.checkpoint import Checkpoint, save_checkpoint
 from shortft.config import parse_yaml, to_yaml
 from shortft.errors import UserError
+from shortft.methods import METHODS
 from shortft.optimizers import set_state, state_of
 from shortft.trainer import Trainer
 
@@ -52,6 +53,8 @@ def keep(trainer: Trainer, log_bytes: int) -> None:
         "config": to_yaml(trainer.config),
         "guard": trainer.guard.state(),
         "tripped": trainer.tripped,
+        "splits": trainer.splits,
+        "cut_by": trainer.schedule.cut_by,
     }
     save_checkpoint(
         trainer.config.output_dir / "checkpoints",
@@ -86,6 +89,13 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
             "changed since the checkpoint; restore them, pass --allow-change, or start a new "
             "run in another --output-dir"
         )
+    cut_by = state.get("cut_by") or usual_cut(flow=trainer.schedule.prediction_type == "flow")
+    if METHODS[config.method].uses_segments and cut_by != trainer.schedule.cut_by:
+        raise UserError(
+            f"--resume: the run's chain was cut into segments by {cut_by}, and would now be by "
+            f"{trainer.schedule.cut_by}, so that LoRAs would act at other timesteps; start a new "
+            "run in another --output-dir"
+        )
     for number in trainer.numbers:
         copy_state(trainer.nets, number, saved.tensors[f"lora_{number}"])
         flat = saved.tensors[f"optimizer_{number}"]
@@ -107,6 +117,11 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
         raise ValueError(f"its counters are {numbers}")
     for name in vars(counters):
         setattr(counters, name, state.get(name, getattr(counters, name)))
+    # A batch that was halved for lack of memory stays so: sums are rounded in the same order.
+    splits = state.get("splits", 1)
+    share = splits * trainer.accelerator.num_processes
+    if config.split_on_out_of_memory and splits > trainer.splits and not config.batch_size % share:
+        trainer.splits = splits
 
 
 def keep_best(trainer: Trainer) -> None:

@@ -84,7 +84,7 @@ def load_tuned(
         scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
         return ModelNetworks(family, guidance=Guidance(scale)), schedule, base_plan(schedule)
     info = read_info(adapter)
-    schedule = family.schedule(num_steps or info.num_steps)
+    schedule = info.schedule(family.schedule(num_steps or info.num_steps))
     check_segments(schedule, info.parts)
     scale = info.guidance_scale if guidance_scale is None else guidance_scale
     placement, own, shortcut = info.placement, info.config, Shortcut(None)
