@@ -31,7 +31,7 @@ ALLOWED = {
     "plans": {"schedule"},
     "chain": {"plans", "schedule"},
     "metrics": set(),
-    "rewards": {"assets", "errors", "inputs", "paths", "quiet"},
+    "rewards": {"assets", "errors", "inputs", "paths", "quiet", "weights_file"},
     "families": {"assets", "errors", "paths", "quiet", "schedule"},
     "lora_layers": set(),
     "networks": {"families", "lora_layers", "plans"},

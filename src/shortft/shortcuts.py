@@ -6,7 +6,6 @@ Light to import: the command line checks names before anything heavy is loaded.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from shortft.assets import EMBEDDED, asset
 from shortft.errors import UserError
 from shortft.paths import is_file
-from shortft.weights_file import check_weights_file
+from shortft.weights_file import check_weights_file, sha256
 
 BASE_JUMPS = ("none", "plain")  # jumps by the base itself, guided or not
 
@@ -131,9 +130,6 @@ SHA256 = {
     ),
     (HYPER, "Hyper-FLUX.1-dev-16steps-lora.safetensors"): (
         "6461f67dfc1a967ae60344c3b3f350877149ccab758c273cc37f5e8a87b5842e"
-    ),
-    (TCD.format("SD15"), "pytorch_lora_weights.safetensors"): (
-        "eaecb24a1cda4411eab67275b1d991071216ac93693e8fa0c9226c9df0386232"
     ),
     (TCD.format("SDXL"), "pytorch_lora_weights.safetensors"): (
         "2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba"
@@ -270,13 +266,14 @@ def check_content(name: str, path: Path, published: Published) -> None:
     Raises:
         UserError: if it is another.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if published.sha256 not in (None, found):
+    if published.sha256 is None:
+        return
+    found = sha256(path)
+    if found != published.sha256:
         raise UserError(
             f"--shortcut {name}: {published.file} of {published.repo} is not the file that is "
-            f"known (SHA-256 {found}, not {published.sha256}); remove {path} to fetch it again, "
-            f"or take it as it is by --shortcut {published.repo}/{published.file}"
+            f"known (SHA-256 {found}, not {published.sha256}); remove {path.resolve()} to fetch it "
+            f"again, or take it as it is by --shortcut {published.repo}/{published.file}"
         )
 
 

@@ -1,7 +1,8 @@
-"""A look at a safetensors file that tells damage before anything heavy is loaded."""
+"""A look at files of weights that tells damage before anything heavy is loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -46,3 +47,12 @@ def check_weights_file(name: str, path: Path, remedy: str) -> None:
     whole = 8 + length + max(ends)
     if size != whole:
         raise UserError(f"{name}: has {size:,} bytes instead of {whole:,}; {remedy}")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 import re
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from shortft.errors import UserError
 from shortft.quiet import quiet
 from shortft.rewards.places import OPTION, Place
+from shortft.weights_file import sha256
 
 _log = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -53,7 +53,8 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
 
     Its SHA-256 is compared with the one that is known: ``place.sha256``, or the name under which
     the hub's cache keeps a large file, which is the checksum that the hub lists for the revision.
-    Where a download is not pinned, one warning says how to pin this one.
+    Where a download is not pinned, or its checksum is not known (a cache without links), one
+    warning says how to pin this one.
 
     Raises:
         UserError: missing, of another checksum, damaged, or with code in it.
@@ -63,7 +64,7 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{place}: no file {path.name}; check the path")
     in_cache = path.resolve().name
     expected = place.sha256 or (in_cache if re.fullmatch(r"[0-9a-f]{64}", in_cache) else None)
-    unpinned = not place.is_pinned and not place.is_local
+    unpinned = not place.is_local and (expected is None or not place.is_pinned)
     found = sha256(path) if expected is not None or unpinned else ""
     if expected is not None and found != expected.lower():
         raise UserError(
@@ -99,7 +100,7 @@ def read_weights(place: Place, filename: str) -> tuple[dict[str, Any], Path]:
         commit = path.parent.name if cached else place.revision
         _log.warning(
             f"warning: --reward {place.reward}: {path.name} of {place.source} is a pickle that is "
-            f"not pinned, so the hub may serve another one next time; to pin what was loaded now: "
+            f"not pinned or could not be checked; to pin what was loaded now: "
             f"{OPTION} {place.reward}={place.source}@{commit}#{found}"
         )
     return content, path
@@ -114,15 +115,6 @@ def _is_compressed(path: Path) -> bool:
             )
     except (OSError, ValueError, zipfile.BadZipFile):
         return False  # torch says what is wrong
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def build(
