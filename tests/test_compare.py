@@ -279,10 +279,14 @@ def test_pictures_leave_out_rates_where_names_stay_apart():
         "refl",
         "draft_k:learning_rate=6e-3",
         "thinned:calls=4,learning_rate=2e-3,late=2",
+        "alignprop:learning_rate=6e-3,longest=0.5",
+        "tune_shortcut:learning_rate=6e-3",
+        "tune_shortcut:learning_rate=6e-3 on the plain chain",
         "drtune:learning_rate=1e-3",
         "drtune:learning_rate=2e-3",
     )
-    shown = ["refl", "draft_k", "thinned:calls=4,late=2", *methods[3:]]
+    shown = ["refl", "draft_k", "thinned:calls=4,late=2", "alignprop:longest=0.5"]
+    shown += ["tune_shortcut", "tune_shortcut on the plain chain", *methods[6:]]
     assert list(compare_figures.names_shown(methods).values()) == shown
 
 

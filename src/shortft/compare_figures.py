@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -49,9 +48,16 @@ def names_shown(methods: Sequence[str]) -> dict[str, str]:
 
     Tables have the rates in a column of their own.
     """
-    plain = {m: re.sub(r"(?<=[:,])learning_rate=[^,]*,?", "", m).rstrip(":,") for m in methods}
+    plain = {method: _without_rate(method) for method in methods}
     counted = list(plain.values())
     return {m: m if counted.count(short) > 1 else short for m, short in plain.items()}
+
+
+def _without_rate(method: str) -> str:
+    bare = method.removesuffix(PLAIN_CHAIN)
+    name, _, options = bare.partition(":")
+    kept = ",".join(o for o in options.split(",") if not o.strip().startswith("learning_rate="))
+    return (f"{name}:{kept}" if kept else name) + method[len(bare) :]
 
 
 def is_rival(method: str) -> bool:

@@ -200,7 +200,8 @@ def verdict(results: Results, reward: str) -> list[str]:
     if rival is None:
         return []
     lines = []
-    for method in dict.fromkeys([*own[:1], *(m for m in own if m == "shortft")]):
+    names = names_shown(by_gain(results, reward))
+    for method in dict.fromkeys([*own[:1], *(m for m in own if names[m] == "shortft")]):
         runs = results[reward, method]
         apart = min(map(gain, runs)) > max(map(gain, rival[1]))
         ahead = median_gain(runs) > median_gain(rival[1])
