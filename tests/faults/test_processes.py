@@ -19,8 +19,9 @@ import pytest
 import torch
 from processes import together
 
-from shortft.config import Config, to_yaml
+from shortft.config import Config, load_config, to_yaml
 from shortft.errors import Stopped, UserError
+from shortft.optimizers import state_of
 from shortft.train import train
 from shortft.trainer import Trainer
 from test_train import Harmed, weights, weights_of
@@ -73,21 +74,33 @@ def test_two_and_four_processes_make_the_updates_of_one(settings, tmp_path: Path
                 assert off <= 1e-6, (size, name, off)
 
 
+def moments_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}.{name}/{key}": value.clone()
+        for number in trainer.numbers
+        for name, parameter in trainer.nets.parameters_of(number).items()
+        for key, value in state_of(trainer.optimizer, parameter).items()
+    }
+
+
 def harmed_on_one(rank: int, config: Config, out: Path) -> None:
     trainer = Trainer(config)
     trainer.update()
-    before = weights_of(trainer)
+    before, moments = weights_of(trainer), moments_of(trainer)
+    assert moments
     [(part, weight)] = trainer.reward.parts
     for harm in (
         lambda scores: scores * float("nan"),
         lambda scores: scores.detach() * float("inf") + scores,
-        lambda scores: scores + 0 * (scores - scores.detach()).sqrt(),  # only the gradient
+        lambda scores: scores + 0 * (scores - scores.detach()).sqrt(),  # only the gradient: NaN
+        lambda scores: scores + (scores - scores.detach()).sqrt(),  # and Inf
     ):
         if rank == 1:
             trainer.reward.parts = ((Harmed(part, harm), weight),)
         assert trainer.update()[1].skipped
         assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items())
-    assert trainer.counters.skipped == 3
+        assert all(torch.equal(moments[name], m) for name, m in moments_of(trainer).items())
+    assert trainer.counters.skipped == 4
     trainer.reward.parts = ((part, weight),)
     assert not trainer.update()[1].skipped
     torch.save(weights_of(trainer), out / f"rank-{rank}.pt")
@@ -237,17 +250,34 @@ def two_networks():
             ip(f"netns del {name}")
 
 
+def launched_by(launcher: str, rank: int, shard: bool) -> list[str]:
+    """The beginning of the command on one of two machines."""
+    if launcher == "torchrun":
+        return [
+            *(*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank)),
+            *("--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", "10.77.0.1:29517"),
+            *("--local-addr", f"10.77.0.{rank + 1}"),
+            *("--rdzv-conf", f"is_host={str(rank == 0).lower()}"),
+        ]
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        "--use_fsdp" if shard else "--multi_gpu",
+        *("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)),
+        *("--main_process_ip", "10.77.0.1", "--main_process_port", "29517"),
+    ]
+
+
 @elastic
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_machines(settings, tmp_path: Path, two_networks: None, shard: bool):
-    config = config_of(settings, updates=3, shard=shard, output_dir=tmp_path / "machines")
+def test_two_machines(settings, tmp_path: Path, two_networks: None, shard: bool, launcher: str):
+    # accelerate's --use_fsdp says that the model is shared out, the configuration does not.
+    own = shard and launcher == "torchrun"
+    config = config_of(settings, updates=3, shard=own, output_dir=tmp_path / "machines")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     launched = []
     for rank, name in enumerate(NETWORKS):
-        command = ["ip", "netns", "exec", name, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"]
-        command += ["--node-rank", str(rank), "--rdzv-backend", "c10d", "--rdzv-id", "run"]
-        command += ["--rdzv-endpoint", "10.77.0.1:29517", "--local-addr", f"10.77.0.{rank + 1}"]
-        command += ["--rdzv-conf", f"is_host={str(rank == 0).lower()}"]
+        command = ["ip", "netns", "exec", name, *launched_by(launcher, rank, shard)]
         command += ["-m", "shortft", "train", str(tmp_path / "run.yaml")]
         environment = {**CPUS, "GLOO_SOCKET_IFNAME": "cable"}
         launched.append(
@@ -256,6 +286,7 @@ def test_two_machines(settings, tmp_path: Path, two_networks: None, shard: bool)
     for process in launched:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
+    assert load_config(config.output_dir / "config.yaml").shard == shard
     here = config.model_copy(update={"output_dir": tmp_path / "here", "shard": False})
     assert together(2, train_until, here, "none") == [0, 0]
     one, two = weights(here.output_dir / "adapter"), weights(config.output_dir / "adapter")
