@@ -282,6 +282,17 @@ def test_card_and_loss(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     card = (out / "README.md").read_text()
     assert "| reward | symmetry |" in card
     assert "reward on held-out prompts: base -0." in card
+    log = [json.loads(line) for line in (place / "run" / "metrics.jsonl").open()]
+    looks = [row for row in log if "eval_reward" in row]
+    updates = [row for row in log if "reward" in row]
+    first, last = looks[0], looks[-1]
+    assert last["update"] > first["update"] == 0
+    minutes = sum(row["seconds"] for row in updates) / 60
+    assert f"- {len(updates)} updates, {minutes:.1f} minutes of training\n" in card
+    assert (
+        f"- reward on fixed prompts: {first['eval_reward']:.4f} at update 0, "
+        f"{last['eval_reward']:.4f} at update {last['update']}\n"
+    ) in card
     assert json.loads((out / "workflow.json").read_text())
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 

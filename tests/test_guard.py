@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shortft.config import Config
+from shortft.drawing import curves
 from shortft.errors import UserError
 from shortft.guard import Guard, Look
 from shortft.metrics import diversity
@@ -85,7 +86,19 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Script:
     return scores
 
 
-def test_a_hacked_run_stops_and_goes_back_to_the_best(settings, told: Script):
+def test_a_hacked_run_stops_and_goes_back_to_the_best(
+    settings, told: Script, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[tuple[int, str]] = []
+    flag = curves._flag
+    monkeypatch.setattr(
+        curves,
+        "_flag",
+        lambda axis, update, label, *look: (
+            drawn.append((update, label.strip())),
+            flag(axis, update, label, *look),
+        ),
+    )
     config = Config(**{**settings, **HACKED})
     told[0][:], told[1][:] = [0.0, 1.0, 2.0, 3.0], [1.0, 0.95, 0.92, 0.5]
     train(config)
@@ -99,6 +112,7 @@ def test_a_hacked_run_stops_and_goes_back_to_the_best(settings, told: Script):
     assert all(torch.equal(kept[name], best[name]) for name in best)
     assert [row["update"] for row in log if "reward" in row][-1] == 6
     assert (config.output_dir / "curves.png").stat().st_size > 10_000
+    assert drawn[-2:] == [(4, "best"), (6, "guard")]  # in the picture too
     # A queue that starts the command once more does not train past the decision.
     (config.output_dir / "adapter" / "lora_1.safetensors").unlink()
     train(config, auto_resume=True)

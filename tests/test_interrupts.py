@@ -91,7 +91,10 @@ PLACES = {
 
 @pytest.mark.parametrize(
     ("place", "number"),
-    [*((place, signal.SIGTERM) for place in PLACES), ("chain", signal.SIGINT)],
+    [
+        *((place, signal.SIGTERM) for place in PLACES),
+        *((p, signal.SIGINT) for p in ("chain", "reward", "backward", "look", "saving")),
+    ],
 )
 def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
     settings, uninterrupted, monkeypatch: pytest.MonkeyPatch, place: str, number: int
@@ -101,11 +104,12 @@ def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
     module, path = PLACES[place]
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    original, calls = getattr(owner, name), [0]
+    original, calls, began = getattr(owner, name), [0], []
 
     def interrupted(*args, **kwargs):
         calls[0] += 1
         if calls[0] == (1 if place == "best" else 2):  # the start is the best there is here
+            began.append(time.monotonic())
             send(number)
         return original(*args, **kwargs)
 
@@ -113,6 +117,7 @@ def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
         patch.setattr(owner, name, interrupted)
         with pytest.raises(Stopped) as stopped:
             train(config)
+    assert time.monotonic() - began[0] < 30  # with the checkpoint
     assert stopped.value.signal == number
     assert not (config.output_dir / "adapter").exists()
     train(config, resume=True)

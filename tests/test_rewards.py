@@ -227,6 +227,32 @@ def test_batch_does_not_matter(name, clip):
     assert reward.report(images, prompts).shape == (8,)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_number_format_does_not_matter(name, clip):
+    """Half-precision pictures are scored in full, and autocast around a reward changes nothing."""
+    reward, images, prompts = build(name, clip), scenes(8), PROMPTS * 2
+    whole = reward(images, prompts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(reward(images, prompts), whole)
+    rounded = images.bfloat16().requires_grad_()
+    half = reward(rounded, prompts)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, reward(rounded.detach().float(), prompts))
+    assert (half - whole).abs().max() < 0.15 * whole.std()
+    (gradient,) = torch.autograd.grad(half.sum(), rounded)
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.isfinite().all()
+
+
+def test_clip_in_half_precision_scores_alike(clip_dir, clip):
+    reward = make_reward("clip", str(clip_dir), dtype=torch.bfloat16).parts[0][0]
+    images, prompts = scenes(8).requires_grad_(), PROMPTS * 2
+    half, whole = reward(images, prompts), clip(images, prompts)
+    assert half.dtype == torch.float32
+    assert 0 < (half - whole).abs().max() < 0.15 * whole.std()
+    assert torch.autograd.grad(half.sum(), images)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("reward", [Symmetry(), Compressibility(), Compressibility(75)])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
 def test_gradient_against_finite_differences(reward, shape):

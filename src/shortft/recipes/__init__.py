@@ -19,7 +19,7 @@ MEMORY_GB = {
     "sdxl-hps-24gb": 18.5,
     "sd3-pick": 46,
     "sd3-pick-24gb": 16,
-    "flux-hps": 68,
+    "flux-hps": 67,
     "paper": 51,
 }
 
