@@ -113,8 +113,9 @@ class Config(BaseModel):
     segments: int = Field(
         4,
         ge=1,
-        description="Equal parts of the training timesteps (of the steps for flow models), one "
-        "LoRA each; 1 to num_steps.",
+        description="Parts of the chain, one LoRA each; 1 to num_steps. Equal parts of the "
+        "training timesteps; for flow models each starts where a few-step sampler calls the "
+        "model.",
     )
     guidance_scale: float | None = Field(
         None,
