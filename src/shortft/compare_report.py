@@ -295,8 +295,7 @@ def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:
                 rows.append(pictures["before"])
                 labels.append("base")
             rows.append(pictures["after"])
-            name = names[job.method]
-            labels.append(name.replace("_", "_\n", 1) if len(name) > 12 else name)
+            labels.append(names[job.method])
     if not rows:
         return None
     prompts = workshop.held_out_prompts()[: len(rows[0])]

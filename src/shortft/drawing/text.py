@@ -25,7 +25,10 @@ def text_height(font: Font) -> int:
 
 
 def wrap(text: str, font: Font, width: float) -> list[str]:
-    """`text` in lines at most `width` pixels wide; words longer than a line are broken."""
+    """`text` in lines at most `width` pixels wide.
+
+    Words longer than a line are broken, after one of ``_:,/-`` where there is one.
+    """
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -33,7 +36,8 @@ def wrap(text: str, font: Font, width: float) -> list[str]:
             lines[-1] = joined
             continue
         while font.getlength(word) > width and len(word) > 1:
-            cut = next((n for n in range(len(word), 1, -1) if font.getlength(word[:n]) <= width), 1)
+            fits = [n for n in range(1, len(word)) if font.getlength(word[:n]) <= width] or [1]
+            cut = max([n for n in fits if word[n - 1] in "_:,/-"] or fits)
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
