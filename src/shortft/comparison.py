@@ -89,6 +89,7 @@ BUDGETS = {
             "shortft",
             "shortft_segments",
             "shortft_everywhere",
+            "shortft_jumps",
             "shortft_shared_lora",
             "shortft_no_stages",
             "shortft_pinned",

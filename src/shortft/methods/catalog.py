@@ -211,6 +211,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shortft_first_by_shortcut": {"method_options": {"first_by_shortcut": True}},
     "shortft_segments": {"method_options": {"loras": "segment"}},
     "shortft_everywhere": {"method_options": {"loras": "segment"}, "timestep_lora": False},
+    "shortft_jumps": {
+        "method_options": {"loras": "segment", "first_by_shortcut": True},
+        "timestep_lora": False,
+        "stage_shares": "first",
+    },
     "shortft_plain_ddim": {"shortcut": "plain"},
     "shortft_ddim": {"method_options": {"jump": "ddim"}},
     "shortft_ddim_2": {"method_options": {"jump": "ddim_2"}},
