@@ -106,7 +106,8 @@ def test_chain_equals_the_familys_own_pipeline(models: dict[str, Path], name: st
     ],
 )
 def test_variants_of_a_family(tmp_path: Path, name: str, options: dict[str, bool], scale: float):
-    """SD 2.x (v-prediction), SDXL with an encoded empty prompt, SD3.0, SD3 without T5, FLUX.1."""
+    """SD 2.x (v-prediction), SDXL with an encoded empty prompt, SD3 without T5, SD3.0, and FLUX
+    distilled."""
     pipe = tiny(name, **options)
     family = load_family(str(save(pipe, tmp_path)), device="cpu")
     nets = ModelNetworks(family, guidance=Guidance(scale))

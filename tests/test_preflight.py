@@ -70,8 +70,8 @@ def test_a_distilled_model_is_counted_without_guidance(tmp_path: Path):
     assert kept[0] == pytest.approx(2 * kept[1], rel=0.2)
 
 
-def some_first(names: list[str]) -> list[Any]:
-    """All but two are slow."""
+def slow_but_two(names: list[str]) -> list[Any]:
+    """Recipes to try, the larger ones marked."""
     quick = ("emoji", "sd15-hps-24gb")
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
@@ -143,7 +143,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", some_first(recipe_names()))
+@pytest.mark.parametrize("name", slow_but_two(recipe_names()))
 def test_a_recipe_that_is_not_here_is_drawn_and_checked(
     online: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ):
