@@ -211,6 +211,13 @@ def test_what_saves_memory_is_what_the_settings_take(settings, monkeypatch):
     for other in ({"merge": True}, {"split_on_out_of_memory": True}, {"shard": True}):
         assert "--shard" not in savings(config.model_copy(update=other))
     assert "--encode-ahead" in ways
+    of_gpus = {"--reward-device offload", "--optimizer adamw8bit"}
+    scored = config.model_copy(update={"reward": "pickscore"})
+    assert not of_gpus & savings(scored).keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert of_gpus <= savings(scored).keys()
+        assert "--reward-device offload" not in savings(config)  # symmetry has no model
     check_split(config.model_copy(update={"accumulation": 4}), 2)
     with pytest.raises(UserError, match="2 processes × 8 parts; use a multiple of 16"):
         check_split(config.model_copy(update={"accumulation": 8}), 2)
