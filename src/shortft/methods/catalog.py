@@ -224,11 +224,15 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+# Settings of a run that a competitor's name may carry beside its method's options.
+OWN_SETTINGS = ("learning_rate", "batch_size")
+
+
 def variant_settings(name: str, segments: int) -> dict[str, object]:
     """The settings of a method or a named variant of one; "first" stands for stage 1 alone.
 
     Args:
-        name: may carry options of the method, and a learning rate of its own:
+        name: may carry options of the method, and a learning rate and a batch size of its own:
             ``draft_k:k=3,learning_rate=6e-3``.
 
     Raises:
@@ -243,8 +247,7 @@ def variant_settings(name: str, segments: int) -> dict[str, object]:
     if options:
         own: dict[str, object] = settings.get("method_options", {})  # type: ignore[assignment]
         given = parse_options(options)
-        if "learning_rate" in given:
-            settings["learning_rate"] = given.pop("learning_rate")
+        settings |= {name: given.pop(name) for name in OWN_SETTINGS if name in given}
         settings["method_options"] = {**own, **given}
     if settings.get("stage_shares") == "first":
         settings["stage_shares"] = [1.0] + [0.0] * (segments - 1)
