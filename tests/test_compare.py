@@ -400,22 +400,32 @@ def test_a_method_may_bring_its_own_rate(base, trained):
     assert shop.config(runs[methods[2]]).method_options == {"k": 2}
 
 
-def test_a_method_may_bring_its_own_batch_size(base, trained):
-    """It is searched like any other, and trained with that many samples; the others are not."""
-    methods = ("refl:batch_size=6", "refl")
+def test_a_method_may_bring_settings_of_its_own(base, trained):
+    """It is searched like any other, and trained with them; the others are not."""
+    methods = ("refl:batch_size=6,guidance_grad=positive", "refl")
     spec = Comparison(methods, ("symmetry",), 1, search=(1e-3, 1e-2), num_prompts=6)
     shop = workshop(base, spec)
     compare.run_all(shop, pretended, lambda _: None)
     assert {job.method for job in trained if job.search} == set(methods)
-    sizes = {job.method: shop.config(job).batch_size for job in trained}
-    assert sizes == {methods[0]: 6, methods[1]: base.batch_size}
+    configs = {job.method: shop.config(job) for job in trained}
+    found = [(configs[method].batch_size, configs[method].guidance_grad) for method in methods]
+    assert found == [(6, "positive"), (base.batch_size, "both")]
     assert base.batch_size != 6
 
 
-@pytest.mark.parametrize("size", ["0", "half"])
-def test_a_wrong_batch_size_of_its_own_is_told_at_once(base, size):
-    with pytest.raises(UserError, match="--batch-size"):
-        workshop(base, Comparison((f"refl:batch_size={size}",), ("symmetry",), 1))
+@pytest.mark.parametrize(
+    ("setting", "option"),
+    [
+        ("batch_size=0", "--batch-size"),
+        ("batch_size=half", "--batch-size"),
+        ("guidance_grad=most", "--guidance-grad"),
+        ("shortcut=missing.safetensors", "missing.safetensors"),
+        ("rank=64", "rank"),
+    ],
+)
+def test_wrong_settings_of_its_own_are_told_at_once(base, setting, option):
+    with pytest.raises(UserError, match=option):
+        workshop(base, Comparison((f"shortft:{setting}",), ("symmetry",), 1))
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "much"])

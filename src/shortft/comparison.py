@@ -16,7 +16,7 @@ class Comparison:
 
     Attributes:
         methods: names of methods or of variants of them, or with options: ``draft_k:k=3``, and with
-            a learning rate or a batch size of their own: ``draft_k:learning_rate=6e-3``.
+            settings of their own (`catalog.OWN_SETTINGS`): ``draft_k:learning_rate=6e-3``.
         rewards: reward specs.
         seeds: training seeds 0 … seeds - 1.
         minutes: training time of every run; sampling, evaluation and loading are not counted.

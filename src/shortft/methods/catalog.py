@@ -225,14 +225,14 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 # Settings of a run that a competitor's name may carry beside its method's options.
-OWN_SETTINGS = ("learning_rate", "batch_size")
+OWN_SETTINGS = ("learning_rate", "batch_size", "guidance_grad", "shortcut")
 
 
 def variant_settings(name: str, segments: int) -> dict[str, object]:
     """The settings of a method or a named variant of one; "first" stands for stage 1 alone.
 
     Args:
-        name: may carry options of the method, and a learning rate and a batch size of its own:
+        name: may carry options of the method and any of `OWN_SETTINGS`:
             ``draft_k:k=3,learning_rate=6e-3``.
 
     Raises:
