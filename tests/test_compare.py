@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shortft import compare, compare_figures, compare_report
+from shortft import __version__, compare, compare_figures, compare_report
 from shortft.cli import main
 from shortft.compare import CLAIM, RESULT, Job, Workshop, claim, slug
 from shortft.comparison import BUDGETS, Comparison, comparison_from
@@ -253,9 +254,18 @@ def test_report(base, trained):
     assert rows[0]["in its own unit, before → after"] == "e ↓: 1 → 0.5"
     assert "the best rival, refl: gain ratio 1.49; ranges over seeds are apart" in text
     assert "holds the median of all seeds with probability 50%" in text
+    assert "- 6 runs: not recorded." in text  # of a folder older than this line
     table = list(csv.DictReader((shop.root / "results.csv").open()))
     assert len(table) == 6
     assert {row["learning_rate"] for row in table} == {"0.01"}
+
+
+def test_the_report_tells_how_it_was_made_without_secrets():
+    runs = [{"made_by": "torch 1; a CPU"}, {"made_by": "torch 1; a CPU"}, {"made_by": "torch 2"}]
+    command = "shortft compare --pipeline https://me:password@host/model"
+    told = compare_report.how_made({("clip", "refl"): runs}, command)
+    assert told[2:5] == ["```sh", "shortft compare --pipeline https://host/model", "```"]
+    assert told[6:8] == ["- 2 runs: torch 1; a CPU.", "- 1 runs: torch 2."]
 
 
 def results_of(gains: dict[str, dict[str, list[float]]]) -> compare_figures.Results:
@@ -555,5 +565,8 @@ def test_end_to_end_on_a_tiny_model(base, tmp_path: Path, capsys):
     text = (out / "results.md").read_text()
     assert "| tune_shortcut on the plain chain |" in text
     assert "CPU time" in text
+    assert f"shortft {shlex.join([*command, '--output-dir', str(out)])}\n" in text
+    assert f"- 2 runs: shortft {__version__}, " in text
+    assert f"torch {torch.__version__}" in text
     assert {p.suffix for p in out.iterdir() if p.is_file()} == {".md", ".csv", ".png", ".json"}
     assert main([*command, "--output-dir", str(out), "--report-only"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,12 +59,16 @@ ConfigFile = Annotated[
 AdapterFile = Annotated[Path, typer.Option(exists=True, help="Directory of the trained adapter.")]
 
 
+typed: list[str] = []  # the arguments of this call of `main`, for reports
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0 done, 1 check failed, 2 a mistake, 130 and 143 stopped by SIGINT and SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    typed[:] = arguments
     # transformers tells every user without torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # And bitsandbytes, which peft imports, tells of a kernel that nothing here calls.
@@ -459,7 +464,8 @@ def compare(
         noises=noises,
     )
     refuse_links(base.output_dir, COMPARISON)
-    compare_command(base.output_dir, chosen, base, report_only=report_only)
+    command = shlex.join(["shortft", *typed])
+    compare_command(base.output_dir, chosen, base, report_only=report_only, command=command)
 
 
 @app.command()

@@ -337,9 +337,11 @@ def _brief(value: object) -> str:
 
 def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
     """What measures a finished run; the base model's pictures are made once."""
+    from shortft.doctor import versions
     from shortft.drawing.curves import read_metrics
     from shortft.evaluate import base_pictures, evaluate
     from shortft.families import load_family
+    from shortft.preflight import machine
     from shortft.rewards import make_reward
 
     base = workshop.base
@@ -398,6 +400,7 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows.updates),
             "skipped": sum(bool(row["skipped"]) for row in rows.updates),
             "curve": [[row["at_seconds"], row["eval_reward"]] for row in rows.evaluations],
+            "made_by": f"{versions()}; {machine.in_words()}",
         }
 
     return evaluate_run
@@ -409,8 +412,12 @@ def compare_command(
     base: Config,
     *,
     report_only: bool = False,
+    command: str = "",
 ) -> None:
     """`shortft compare`: run what is left, then write the report.
+
+    Args:
+        command: what the user typed, for the report.
 
     Raises:
         UserError: if a run fails, or if nothing is done yet and only the report is wanted.
@@ -425,7 +432,7 @@ def compare_command(
     if report_only:
         if not any(job.done and not job.search for job in workshop.jobs()):
             raise UserError(f"--report-only: no run in {output_dir} is done yet")
-        for path in write_report(workshop):
+        for path in write_report(workshop, command):
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
         return
     console.print(
@@ -440,5 +447,5 @@ def compare_command(
         evaluator(workshop),
         lambda text: console.print(text, markup=False, highlight=False),
     )
-    for path in write_report(workshop):
+    for path in write_report(workshop, command):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from shortft.compare_figures import (
+    PLAIN_CHAIN,
     Results,
     best_rival,
     by_gain,
@@ -26,6 +28,7 @@ from shortft.compare_figures import (
 )
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import memory_text
+from shortft.redact import without_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,14 +52,18 @@ HEADER = (
 )
 
 
-def write_report(workshop: Workshop) -> list[Path]:
-    """Write results.md, results.csv, and curves and a grid per reward; returns their paths."""
+def write_report(workshop: Workshop, command: str = "") -> list[Path]:
+    """Write results.md, results.csv, and curves and a grid per reward; returns their paths.
+
+    Args:
+        command: what the user typed; it stands in the report.
+    """
     from shortft.compare import slug
 
     results = collect(workshop)
     root, spec = workshop.root, workshop.comparison
     paths: list[Path | None] = [
-        write_atomic(root / "results.md", markdown(workshop, results).encode()),
+        write_atomic(root / "results.md", markdown(workshop, results, command).encode()),
         write_atomic(root / "results.csv", table_csv(results).encode()),
     ]
     for reward in spec.rewards:
@@ -124,7 +131,7 @@ def row(results: Results, reward: str, method: str) -> tuple[str, ...]:
     )
 
 
-def markdown(workshop: Workshop, results: Results) -> str:
+def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
     """The whole report as Markdown."""
     spec = workshop.comparison
     seeds = max(map(len, results.values()), default=0)  # fewer than wanted in a report on the way
@@ -170,7 +177,20 @@ def markdown(workshop: Workshop, results: Results) -> str:
             for warning in run["warnings"]
         ]
         lines += [*warnings, ""] if warnings else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *how_made(results, command)])
+
+
+def how_made(results: Results, command: str) -> list[str]:
+    """The command, and the versions and machines of the runs."""
+    lines = ["## How this was made", ""]
+    if command:
+        lines += ["```sh", without_secrets(command), "```", ""]
+    every = [  # a run's second line, on the plain chain, is no run of its own
+        run for (_, m), runs in results.items() if not m.endswith(PLAIN_CHAIN) for run in runs
+    ]
+    makers = Counter(run.get("made_by", "not recorded") for run in every)
+    lines += [f"- {count} runs: {maker}." for maker, count in makers.most_common()]
+    return [*lines, ""]
 
 
 def overall(results: Results, rewards: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from shortft import __version__
 from shortft.drawing.progress import memory_text
 from shortft.recipes import MEMORY_GB, recipe_names
 from shortft.redact import without_login
@@ -43,6 +44,12 @@ def doctor() -> int:
 
 def python() -> list[Line]:
     return [(GOOD, "Python", f"{platform.python_version()}, {platform.platform(terse=True)}")]
+
+
+def versions() -> str:
+    """Of this library, Python and the packages that measurements depend on, in one line."""
+    found = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    return ", ".join([f"shortft {__version__}", f"Python {platform.python_version()}", *found])
 
 
 def packages() -> list[Line]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -43,6 +45,14 @@ def devices() -> list[Device]:
         ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [Device("cpu", f"CPU, {cores} cores", main_memory(), bf16=True)]
+
+
+def in_words() -> str:
+    """The devices and what computes on them, for beside measurements."""
+    found = devices()
+    if found[0].kind == "cuda":
+        return f"{len(found)} x {found[0].name}"
+    return f"{_cpu_name()}: {found[0].name}, {torch.get_num_threads()} threads"
 
 
 def main_memory() -> int:
@@ -91,6 +101,15 @@ def hub_answers() -> bool:
         return True
     except (OSError, ValueError):
         return False
+
+
+def _cpu_name() -> str:
+    try:
+        listed = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        listed = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", listed, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def _existing(path: Path) -> Path:
