@@ -254,6 +254,7 @@ def test_report(base, trained):
     assert rows[0]["in its own unit, before → after"] == "e ↓: 1 → 0.5"
     assert "the best rival, refl: gain ratio 1.49; ranges over seeds are apart" in text
     assert "holds the median of all seeds with probability 50%" in text
+    assert "more of the held-out score than: shortft." in text
     assert "- 6 runs: not recorded." in text  # of a folder older than this line
     table = list(csv.DictReader((shop.root / "results.csv").open()))
     assert len(table) == 6
@@ -329,7 +330,8 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
 
 
 def test_trials_are_as_long_as_runs_unless_told():
-    assert comparison_from("laptop", minutes=2.0, search=("1e-3", "1e-2")).search_minutes == 2
+    searched: dict[str, Any] = {"methods": ("refl",), "search": ("1e-3", "1e-2")}
+    assert comparison_from("laptop", minutes=2.0, **searched).search_minutes == 2
     assert comparison_from("laptop", minutes=2.0, search_minutes=1.0).search_minutes == 1
     assert comparison_from("full").search_minutes == comparison_from("full").minutes
 
@@ -465,6 +467,53 @@ def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatc
         compare.run_job(shop.config(dataclasses.replace(job, learning_rate=1.0)), job, pretended)
 
 
+def scored(gains: dict[str, list[tuple[float, float]]]) -> compare_figures.Results:
+    """Results of one reward from (reward, held-out score) of every seed, from (1, 0.8)."""
+    return {
+        ("clip", method): [
+            {
+                "reward": {"before": 1.0, "after": after},
+                "held_out": {"before": 0.8, "after": held_out},
+                "curve": [],
+            }
+            for after, held_out in seeds
+        ]
+        for method, seeds in gains.items()
+    }
+
+
+def test_the_front_holds_what_nothing_beats_in_both():
+    results = scored(
+        {
+            "refl": [(2.0, 0.5), (2.2, 0.6), (2.1, 0.1)],
+            "draft_k": [(1.5, 0.4)],  # refl has more of both
+            "alignprop": [(1.4, 0.7)],
+            "shortft": [(1.2, 0.81)],
+            "drtune": [(1.2, 0.75)],  # as much reward as shortft, less of the other
+        }
+    )
+    assert compare_figures.front(results, "clip") == ["refl", "alignprop", "shortft"]
+    (line,) = compare_report.kept(results, "clip")
+    assert line.endswith("than: refl, alignprop, shortft.")
+    unscored = {key: [{"reward": run["reward"]} for run in runs] for key, runs in results.items()}
+    assert compare_report.kept(unscored, "clip") == []
+
+
+def test_the_chart_shows_what_gains_are_paid_with(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("shortft.drawing.lines.draw_lines", lambda path, *panels: panels)
+    results = scored({"refl": [(2.0, 0.5), (3.0, 0.7), (4.0, 0.6)], "draft_k": [(1.5, 0.4)]})
+    (panel,) = compare_report.draw_methods(results, "clip", tmp_path / "chart.png")
+    ends = {line.label: (list(line.x), list(line.y)) for line in panel.lines}
+    assert ends == {"base": ([0.8], [1.0]), "refl": ([0.6], [3.0]), "draft_k": ([0.4], [1.5])}
+    assert ([0.6, 0.7], [3.0, 3.0]) in list(panel.lines[1].thin)  # from the median to a seed
+    for run in results["clip", "refl"]:
+        run["curve"] = [[0.0, 1.0], [10.0, run["reward"]["after"]]]
+    times, ends = compare_report.draw_methods(results, "clip", tmp_path / "chart.png")
+    assert [line.label for line in times.lines] == ["refl"]
+    assert times.x_label == "seconds of training"
+    assert ends.x_label == "held-out scorer"
+
+
 def test_our_own_methods_are_no_rivals():
     gains = {"thinned:calls=4": [3.0], "shortft_segments": [2.5], "refl": [2.0]}
     results = results_of({"clip": gains})
@@ -515,6 +564,7 @@ def test_budgets_name_what_there_is(base, budget: str):
         ({"budget": "laptop", "seeds": 0}, "--seeds 0: must be above 0"),
         ({"budget": "laptop", "noises": 1}, "give 2 or more"),
         ({"budget": "laptop", "search": ("x",)}, "--search x: give learning rates"),
+        ({"budget": "laptop", "search": ("1e-3", "1e-2")}, "give --methods without any"),
         ({"budget": "laptop", "search": ("-1",)}, "lie above 0"),
         ({"budget": "full", "search_further": -1}, "--search-further -1: must be 0 or more"),
         ({"budget": "laptop", "search_reward": "clip"}, "there is no search"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -130,3 +131,24 @@ def seconds_to_reach(runs: Runs, level: float) -> float | None:
             share = (level - values[i - 1]) / (value - values[i - 1])
             return float(times[i - 1] + share * (times[i] - times[i - 1]))
     return None
+
+
+def held_out(runs: Runs) -> float | None:
+    """The median held-out score; None where none was measured."""
+    scores = [run["held_out"]["after"] for run in runs if "held_out" in run]
+    return median(scores) if scores else None
+
+
+def front(results: Results, reward: str) -> list[str]:
+    """The methods than which no other has both a larger gain and a larger held-out score.
+
+    By medians over seeds, the largest gain first; none where no held-out score was measured.
+    """
+    found: list[str] = []
+    best = -math.inf
+    for method in by_gain(results, reward):
+        score = held_out(results[reward, method])
+        if score is not None and score > best:
+            best = score
+            found.append(method)
+    return found

@@ -18,8 +18,10 @@ from shortft.compare_figures import (
     collect,
     curve,
     final_reward_of_best_rival,
+    front,
     gain,
     gain_ratio,
+    held_out,
     is_rival,
     mean_gain_ratio,
     median_gain,
@@ -169,7 +171,8 @@ def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
         methods = by_gain(results, reward)
         lines += [f"## {reward}", "", _line(HEADER), _line(["---"] * len(HEADER))]
         lines += [_line(row(results, reward, m)) for m in methods]
-        lines += ["", *verdict(results, reward), *at_the_edge(workshop, results, reward), ""]
+        lines += ["", *verdict(results, reward), *kept(results, reward)]
+        lines += [*at_the_edge(workshop, results, reward), ""]
         warnings = [
             f"- {m}, seed {run['seed']}: {warning}"
             for m in methods
@@ -234,6 +237,17 @@ def verdict(results: Results, reward: str) -> list[str]:
     return lines
 
 
+def kept(results: Results, reward: str) -> list[str]:
+    """Which gains are not bought with more of the held-out score than another's."""
+    names = front(results, reward)
+    if not names:
+        return []
+    return [
+        "- Nothing here has both more reward and more of the held-out score than: "
+        f"{', '.join(names)}."
+    ]
+
+
 def at_the_edge(workshop: Workshop, results: Results, reward: str) -> list[str]:
     """Methods whose best learning rate is the lowest or highest tried: others may be better."""
     spec, found = workshop.comparison, []
@@ -275,7 +289,7 @@ def table_csv(results: Results) -> str:
 
 
 def draw_methods(results: Results, reward: str, path: Path) -> Path:
-    """Reward on held-out prompts against seconds of training, one line per method."""
+    """Reward against seconds of training, and against the held-out score that is left."""
     from shortft.drawing.lines import Line, Panel, draw_lines
 
     lines = []
@@ -296,7 +310,23 @@ def draw_methods(results: Results, reward: str, path: Path) -> Path:
     lines.sort(key=lambda line: -line.y[-1])
     label = f"reward {reward} on held-out prompts"
     title = "Median over seeds; thin lines: each seed"
-    return draw_lines(path, Panel(lines, "seconds of training", label, title))
+    panels = [Panel(lines, "seconds of training", label, title)] if lines else []
+    ends: list[Line] = []
+    for method in by_gain(results, reward):
+        runs = results[reward, method]
+        score, level = held_out(runs), median([run["reward"]["after"] for run in runs])
+        if score is None:
+            continue
+        seeds = [(run["held_out"]["after"], run["reward"]["after"]) for run in runs]
+        if not ends:
+            base = runs[0]["held_out"]["before"], runs[0]["reward"]["before"]
+            ends.append(Line("base", [base[0]], [base[1]]))
+        rays = [([score, x], [level, y]) for x, y in seeds]
+        ends.append(Line(names[method], [score], [level], rays, strong=names[method] == "shortft"))
+    if ends:
+        title = "What the gain is paid with; the upper right is better; thin lines: to each seed"
+        panels.append(Panel(ends, "held-out scorer", label, title))
+    return draw_lines(path, *panels)
 
 
 def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:

@@ -76,7 +76,13 @@ class Comparison:
 
 BUDGETS = {
     "laptop": Comparison(
-        ("thinned", "shortft", "draft_k", "drtune"),
+        # Each at the rate that its search chose for this reward and time (docs/measurements.md).
+        (
+            "thinned:calls=4,late=2,learning_rate=6e-3",
+            "shortft:learning_rate=2e-3",
+            "draft_k:learning_rate=6e-3",
+            "alignprop:learning_rate=6e-3",
+        ),
         ("clip:1,symmetry:3",),
         seeds=2,
         minutes=1.5,
@@ -159,6 +165,11 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
     if len(values["search"]) < 2 and (values["search_further"] or values["search_reward"]):
         raise UserError(
             "--search-further, --search-reward: there is no search; give --search two or more rates"
+        )
+    if given.get("search") is not None and all(map(has_own_rate, values["methods"])):
+        rates = " ".join(given["search"])
+        raise UserError(
+            f"--search {rates}: every method brings a rate of its own; give --methods without any"
         )
     if values["search_further"] < 0:
         raise UserError(f"--search-further {values['search_further']}: must be 0 or more")
