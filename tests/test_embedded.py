@@ -24,7 +24,7 @@ from shortft.trainer import Trainer
 
 def test_assets_stay_small():
     total = sum(path.stat().st_size for path in asset().rglob("*") if path.is_file())
-    assert total <= 25e6
+    assert total <= 30e6
 
 
 def test_prompt_lists_do_not_overlap():

@@ -17,34 +17,38 @@ from shortft.errors import UserError
 from shortft.faithful import MARGIN, RECORD, jump_errors, require_faithful
 from shortft.families.base import Guidance
 from shortft.shortcut_check import Jumper, measure
+from shortft.shortcuts import SHIPPED
 from shortft.train import train
 from shortft.trainer import NOISE, Trainer
 
 
-def shipped_copy(tmp_path: Path, **change: Any) -> Config:
-    """The embedded model with a copy of its own shortcut: a file like any other."""
+def shipped_copy(tmp_path: Path, which: str = "auto", **change: Any) -> Config:
+    """The embedded model with a copy of a shortcut of its own: a file like any other."""
     path = tmp_path / "mine.safetensors"
-    shutil.copy(asset("shortcut", "shortcut.safetensors"), path)
-    shutil.copy(asset("shortcut", "shortcut.json"), path.with_suffix(".json"))
+    shipped = asset("shortcut", SHIPPED[which])
+    shutil.copy(shipped, path)
+    shutil.copy(shipped.with_suffix(".json"), path.with_suffix(".json"))
     settings = {"shortcut": str(path), "num_steps": 16, "rank": 2, "tensorboard": False}
     return Config(**{**settings, "output_dir": tmp_path / "run", **change})
 
 
-def test_a_good_one_passes_and_is_measured_once(tmp_path: Path):
-    trainer = Trainer(shipped_copy(tmp_path))
+@pytest.mark.parametrize(("which", "calls"), [("auto", 22), ("unguided", 25)])
+def test_a_good_one_passes_and_is_measured_once(which: str, calls: int, tmp_path: Path):
+    trainer = Trainer(shipped_copy(tmp_path, which))
     told: list[str] = []
     require_faithful(trainer, told.append)
-    assert "4 prompts, 22 network calls each" in told[0]
+    assert f"4 prompts, {calls} network calls each" in told[0]
     kept = json.loads((tmp_path / "run" / RECORD).read_text())
     assert kept["shortcut"] < (1 - MARGIN) * kept["base"] - 0.01
-    assert kept["guided"] == kept["base"]  # it runs with the chain's own guidance
+    # One of them runs with the chain's own guidance.
+    assert (kept["guided"] == kept["base"]) == (which == "auto")
     require_faithful(trainer, told.append)
     assert len(told) == 2
     (tmp_path / "run" / RECORD).write_text('{"about": ')  # cut off: it is measured again
     require_faithful(trainer, told.append)
     assert len(told) == 4
     told.clear()
-    shipped = trainer.config.model_copy(update={"shortcut": "auto", "output_dir": tmp_path})
+    shipped = trainer.config.model_copy(update={"shortcut": which, "output_dir": tmp_path})
     trainer.config = shipped
     require_faithful(trainer, told.append)
     assert told == []

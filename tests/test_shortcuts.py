@@ -110,11 +110,16 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch):
         find_shortcut("some/model", "hyper-sd15-4", 4)
 
 
-def test_the_shipped_one_and_none():
+def test_the_shipped_ones_and_none():
     assert find_shortcut("emoji", "auto", 4).guidance_scale == 3
+    unguided = find_shortcut("emoji", check_shortcut("--shortcut", "unguided"), 4)
+    assert unguided.guidance_scale == 1
+    assert unguided.path != find_shortcut("emoji", "auto", 4).path
     assert find_shortcut("emoji", "plain", 4).path is None
     with pytest.raises(UserError, match="no shortcut ships for mine"):
         find_shortcut("mine", "auto", 4)
+    with pytest.raises(UserError, match="--shortcut unguided: no shortcut ships for mine"):
+        find_shortcut("mine", "unguided", 4)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -25,6 +25,7 @@ from shortft.errors import UserError
 from shortft.plans import Step, base_plan
 from shortft.schedule import jump
 from shortft.seeds import sample_seed
+from shortft.shortcuts import SHIPPED
 from shortft.trainer import Trainer
 
 PROMPTS = 4
@@ -39,8 +40,8 @@ NOISE = 7  # place in the seed's name space
 def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
     """Refuse a shortcut that does not preserve the base's trajectory.
 
-    The shipped one was measured when it was made. A verdict is kept in the run's folder, so that
-    `--resume` does not measure again.
+    Those that ship were measured when they were made. A verdict is kept in the run's folder, so
+    that `--resume` does not measure again.
 
     Args:
         report: told the cost before, and the figures after.
@@ -49,7 +50,8 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
         UserError: with both figures and what to do instead.
     """
     config = trainer.config
-    if not config.check_shortcut or config.shortcut == "auto" or trainer.shortcut.path is None:
+    shipped = config.shortcut in SHIPPED or trainer.shortcut.path is None
+    if shipped or not config.check_shortcut:
         return
     steps = trainer.plan(0, 1).steps
     jumps = [Step(s.start, s.stop, "shortcut") for s in steps if s.net == "shortcut"]

@@ -17,6 +17,8 @@ from shortft.paths import is_file
 from shortft.weights_file import check_weights_file, sha256
 
 BASE_JUMPS = ("none", "plain")  # jumps by the base itself, guided or not
+# Of the embedded model: with the chain's own guidance and closest to it, or at half the cost.
+SHIPPED = {"auto": "shortcut.safetensors", "unguided": "unguided.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def check_shortcut(option: str, value: str) -> str:
     Raises:
         UserError: if it does not, or the file is damaged.
     """
-    known = ("auto", *BASE_JUMPS, *PUBLISHED)
+    known = (*SHIPPED, *BASE_JUMPS, *PUBLISHED)
     if value not in known and is_file(value):
         check_weights_file(f"{option} {value}", Path(value), "give a LoRA's .safetensors file")
         return value
@@ -194,10 +196,10 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
         check_content(name, path, published)
     elif on_hub:
         path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
-    elif name != "auto":
-        path = Path(name)
+    elif name in SHIPPED:
+        path = asset("shortcut", SHIPPED[name])
     else:
-        path = asset("shortcut", "shortcut.safetensors")
+        path = Path(name)
     if known is not None:
         return Shortcut(path, known.guidance_scale, known.scale)
     if not path.is_file():
@@ -215,12 +217,12 @@ def check_fits(model: str, name: str, segments: int) -> Published | None:
         The published shortcut that it is, or a copy of; None for any other.
 
     Raises:
-        UserError: if it fits other segments, or ``auto`` has none for the model.
+        UserError: if it fits other segments, or none ships for the model.
     """
-    if name == "auto" and model != EMBEDDED:
+    if name in SHIPPED and model != EMBEDDED:
         raise UserError(
-            f"--shortcut auto: no shortcut ships for {model}; give a few-step LoRA file (make one "
-            "by `shortft shortcut`), a published one such as "
+            f"--shortcut {name}: no shortcut ships for {model}; give a few-step LoRA file (make "
+            "one by `shortft shortcut`), a published one such as "
             f"{', '.join(list(PUBLISHED)[:3])}, or `none` for DDIM jumps"
         )
     on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
