@@ -160,6 +160,7 @@ def test_wrap_keeps_every_letter_and_the_width() -> None:
     # Names break between their parts.
     assert wrap("thinned:calls=4,late=2", font, 110) == ["thinned:calls=4,", "late=2"]
     assert wrap("shortft_shared_lora", font, 110) == ["shortft_shared_", "lora"]
+    assert wrap("shortcut=unguided", font, 110) == ["shortcut=", "unguided"]
 
 
 def test_failed_write_leaves_the_old_file_and_no_debris(

@@ -27,7 +27,7 @@ def text_height(font: Font) -> int:
 def wrap(text: str, font: Font, width: float) -> list[str]:
     """`text` in lines at most `width` pixels wide.
 
-    Words longer than a line are broken, after one of ``_:,/-`` where there is one.
+    Words longer than a line are broken, after one of ``_:,=/-`` where there is one.
     """
     lines: list[str] = []
     for word in text.split():
@@ -37,7 +37,7 @@ def wrap(text: str, font: Font, width: float) -> list[str]:
             continue
         while font.getlength(word) > width and len(word) > 1:
             fits = [n for n in range(1, len(word)) if font.getlength(word[:n]) <= width] or [1]
-            cut = max([n for n in fits if word[n - 1] in "_:,/-"] or fits)
+            cut = max([n for n in fits if word[n - 1] in "_:,=/-"] or fits)
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
