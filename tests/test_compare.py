@@ -583,6 +583,9 @@ def test_unknown_methods_are_told_before_anything_is_written(base, capsys):
     assert not base.output_dir.exists()
     assert main(["compare", "--seed", "1"]) == 2
     assert "give --seeds" in capsys.readouterr().err
+    assert main(["compare", "--learning-rate", "1e-3", "--output-dir", str(base.output_dir)]) == 2
+    assert "--learning-rate 0.001: every method brings a rate" in capsys.readouterr().err
+    assert not base.output_dir.exists()
 
 
 def test_the_laptop_budget_fits_a_laptop():

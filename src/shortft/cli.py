@@ -441,7 +441,7 @@ def compare(
     Start the same command again to continue, or several times at once to share the work.
     """
     from shortft.compare import compare_command
-    from shortft.comparison import comparison_from, parse_list
+    from shortft.comparison import comparison_from, parse_list, refuse_unused
 
     for one, several in (("method", "--methods"), ("reward", "--rewards"), ("seed", "--seeds")):
         if options.get(one) is not None:
@@ -463,6 +463,8 @@ def compare(
         num_prompts=num_prompts,
         noises=noises,
     )
+    if options.get("learning_rate") is not None:
+        refuse_unused("--learning-rate", f"{base.learning_rate:g}", chosen.methods)
     refuse_links(base.output_dir, COMPARISON)
     command = shlex.join(["shortft", *typed])
     compare_command(base.output_dir, chosen, base, report_only=report_only, command=command)

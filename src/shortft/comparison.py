@@ -143,6 +143,18 @@ def parse_list(option: str, text: str) -> tuple[str, ...]:
     return parts
 
 
+def refuse_unused(option: str, rates: str, methods: tuple[str, ...]) -> None:
+    """Tell that learning rates would change nothing.
+
+    Raises:
+        UserError: if every method brings its own.
+    """
+    if all(map(has_own_rate, methods)):
+        raise UserError(
+            f"{option} {rates}: every method brings a rate of its own; give --methods without any"
+        )
+
+
 def comparison_from(budget: str, **given: Any) -> Comparison:
     """A budget's comparison with what the user gave on top.
 
@@ -167,11 +179,8 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
         raise UserError(
             "--search-further, --search-reward: there is no search; give --search two or more rates"
         )
-    if given.get("search") is not None and all(map(has_own_rate, values["methods"])):
-        rates = " ".join(given["search"])
-        raise UserError(
-            f"--search {rates}: every method brings a rate of its own; give --methods without any"
-        )
+    if given.get("search") is not None:
+        refuse_unused("--search", " ".join(given["search"]), values["methods"])
     if values["search_further"] < 0:
         raise UserError(f"--search-further {values['search_further']}: must be 0 or more")
     if values["noises"] < 2:
