@@ -147,7 +147,7 @@ class Config(BaseModel):
     )
     check_shortcut: bool = Field(
         True,
-        description="Before training, measure a shortcut that is not the shipped one on a few "
+        description="Before training, measure a shortcut that does not ship on a few "
         "prompts, and refuse it where it lands no closer to the base's chain than the base does.",
     )
     merge: bool = Field(
