@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shortft import __version__, compare, compare_figures, compare_report
+from shortft import __version__, compare, compare_charts, compare_figures, compare_report
 from shortft.cli import main
 from shortft.compare import CLAIM, RESULT, Job, Workshop, claim, slug
 from shortft.comparison import BUDGETS, Comparison, comparison_from
@@ -500,15 +500,15 @@ def test_the_front_holds_what_nothing_beats_in_both():
 
 
 def test_the_chart_shows_what_gains_are_paid_with(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("shortft.drawing.lines.draw_lines", lambda path, *panels: panels)
+    monkeypatch.setattr("shortft.compare_charts.draw_lines", lambda path, *panels: panels)
     results = scored({"refl": [(2.0, 0.5), (3.0, 0.7), (4.0, 0.6)], "draft_k": [(1.5, 0.4)]})
-    (panel,) = compare_report.draw_methods(results, "clip", tmp_path / "chart.png")
+    (panel,) = compare_charts.draw_methods(results, "clip", tmp_path / "chart.png")
     ends = {line.label: (list(line.x), list(line.y)) for line in panel.lines}
     assert ends == {"base": ([0.8], [1.0]), "refl": ([0.6], [3.0]), "draft_k": ([0.4], [1.5])}
     assert ([0.6, 0.7], [3.0, 3.0]) in list(panel.lines[1].thin)  # from the median to a seed
     for run in results["clip", "refl"]:
         run["curve"] = [[0.0, 1.0], [10.0, run["reward"]["after"]]]
-    times, ends = compare_report.draw_methods(results, "clip", tmp_path / "chart.png")
+    times, ends = compare_charts.draw_methods(results, "clip", tmp_path / "chart.png")
     assert [line.label for line in times.lines] == ["refl"]
     assert times.x_label == "seconds of training"
     assert ends.x_label == "held-out scorer"
@@ -586,6 +586,16 @@ def test_unknown_methods_are_told_before_anything_is_written(base, capsys):
     assert main(["compare", "--learning-rate", "1e-3", "--output-dir", str(base.output_dir)]) == 2
     assert "--learning-rate 0.001: every method brings a rate" in capsys.readouterr().err
     assert not base.output_dir.exists()
+
+
+@pytest.mark.parametrize("budget", sorted(BUDGETS))
+def test_other_models_get_no_competitor_with_the_embedded_ones_shortcut(budget: str):
+    every = BUDGETS[budget].methods
+    assert comparison_from(budget).methods == every
+    others = comparison_from(budget, model="mine").methods
+    assert others == tuple(m for m in every if "unguided" not in m) != every
+    named = ("shortft:shortcut=unguided",)
+    assert comparison_from(budget, model="mine", methods=named).methods == named
 
 
 def test_the_laptop_budget_fits_a_laptop():

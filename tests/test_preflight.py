@@ -332,3 +332,12 @@ def test_bf16_needs_a_device_that_knows_it():
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
     assert "--precision fp32" in (dry_run.check_memory(config, found, old).problem or "")
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_machine_in_words_names_its_devices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "devices", lambda: [GPU_24, GPU_24])
+    assert machine.in_words() == "2 x a GPU"
+    cpu = machine.Device("cpu", "CPU, 2 cores", 2**30, bf16=True)
+    monkeypatch.setattr(machine, "devices", lambda: [cpu])
+    threads = torch.get_num_threads()
+    assert re.fullmatch(rf".+: CPU, 2 cores, {threads} threads", machine.in_words())

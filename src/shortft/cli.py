@@ -451,6 +451,7 @@ def compare(
     base = _config(config_file or Path(EMBEDDED), options)
     chosen = comparison_from(
         budget,
+        model=base.model,
         methods=methods and parse_list("--methods", methods),
         rewards=rewards and parse_list("--rewards", rewards),
         seeds=seeds,

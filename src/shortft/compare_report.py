@@ -1,4 +1,4 @@
-"""The report of a comparison: tables (Markdown, CSV), curves over time, and a grid of pictures."""
+"""The report of a comparison: its tables, as Markdown and CSV; `compare_charts` draws."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from shortft.compare_figures import (
     best_rival,
     by_gain,
     collect,
-    curve,
     final_reward_of_best_rival,
     front,
     gain,
     gain_ratio,
-    held_out,
     is_rival,
     mean_gain_ratio,
     median_gain,
@@ -33,8 +31,6 @@ from shortft.drawing.progress import memory_text
 from shortft.redact import without_secrets
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shortft.compare import Workshop
 
 HEADER = (
@@ -61,6 +57,7 @@ def write_report(workshop: Workshop, command: str = "") -> list[Path]:
         command: what the user typed; it stands in the report.
     """
     from shortft.compare import slug
+    from shortft.compare_charts import draw_grid, draw_methods
 
     results = collect(workshop)
     root, spec = workshop.root, workshop.comparison
@@ -286,67 +283,3 @@ def table_csv(results: Results) -> str:
             rest = ("updates", "training_seconds", "peak_memory_bytes", "skipped")
             writer.writerow([*cells, *(run[name] for name in rest)])
     return out.getvalue()
-
-
-def draw_methods(results: Results, reward: str, path: Path) -> Path:
-    """Reward against seconds of training, and against the held-out score that is left."""
-    from shortft.drawing.lines import Line, Panel, draw_lines
-
-    lines = []
-    names = names_shown([method for r, method in results if r == reward])
-    for (r, method), runs in results.items():
-        if r == reward and runs[0]["curve"]:
-            times, values = curve(runs)
-            thin = [([t for t, _ in run["curve"]], [v for _, v in run["curve"]]) for run in runs]
-            lines.append(
-                Line(
-                    names[method],
-                    times.tolist(),
-                    values.tolist(),
-                    thin,
-                    strong=names[method] == "shortft",
-                )
-            )
-    lines.sort(key=lambda line: -line.y[-1])
-    label = f"reward {reward} on held-out prompts"
-    title = "Median over seeds; thin lines: each seed"
-    panels = [Panel(lines, "seconds of training", label, title)] if lines else []
-    ends: list[Line] = []
-    for method in by_gain(results, reward):
-        runs = results[reward, method]
-        score, level = held_out(runs), median([run["reward"]["after"] for run in runs])
-        if score is None:
-            continue
-        seeds = [(run["held_out"]["after"], run["reward"]["after"]) for run in runs]
-        if not ends:
-            base = runs[0]["held_out"]["before"], runs[0]["reward"]["before"]
-            ends.append(Line("base", [base[0]], [base[1]]))
-        rays = [([score, x], [level, y]) for x, y in seeds]
-        ends.append(Line(names[method], [score], [level], rays, strong=names[method] == "shortft"))
-    if ends:
-        title = "What the gain is paid with; the upper right is better; thin lines: to each seed"
-        panels.append(Panel(ends, "held-out scorer", label, title))
-    return draw_lines(path, *panels)
-
-
-def draw_grid(workshop: Workshop, reward: str, path: Path) -> Path | None:
-    """Rows: the base and every method; columns: the same prompts and noise; the first seed."""
-    from safetensors.torch import load_file
-
-    from shortft.drawing.grids import save_grid
-
-    rows: list[Tensor] = []
-    labels: list[str] = []
-    names = names_shown(workshop.comparison.methods)
-    for job in workshop.jobs():
-        if not job.search and job.done and job.reward == reward and job.seed == 0:
-            pictures = load_file(job.folder / "pictures.safetensors")
-            if not rows:
-                rows.append(pictures["before"])
-                labels.append("base")
-            rows.append(pictures["after"])
-            labels.append(names[job.method])
-    if not rows:
-        return None
-    prompts = workshop.held_out_prompts()[: len(rows[0])]
-    return save_grid(path, rows, labels, prompts, title=f"{reward}: same prompts and noise, seed 0")

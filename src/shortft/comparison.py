@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from shortft.assets import EMBEDDED
 from shortft.config import option_name
 from shortft.errors import UserError
 from shortft.methods.catalog import has_own_rate
@@ -97,6 +98,7 @@ BUDGETS = {
             "shortft_segments",
             "shortft_everywhere",
             "shortft_jumps",
+            "shortft_jumps:shortcut=unguided",
             "shortft_shared_lora",
             "shortft_no_stages",
             "shortft_pinned",
@@ -106,6 +108,7 @@ BUDGETS = {
             "shortft_ddim_2",
             "shortft_dpm_2",
             "tune_shortcut",
+            "tune_shortcut:shortcut=unguided",
             "draft_k",
             "draft_5",
             "draft_lv",
@@ -155,8 +158,11 @@ def refuse_unused(option: str, rates: str, methods: tuple[str, ...]) -> None:
         )
 
 
-def comparison_from(budget: str, **given: Any) -> Comparison:
+def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comparison:
     """A budget's comparison with what the user gave on top.
+
+    Of the budget's methods those that take a shortcut of the embedded model are left out for any
+    other.
 
     Raises:
         UserError: for an unknown budget or a value out of range.
@@ -164,6 +170,8 @@ def comparison_from(budget: str, **given: Any) -> Comparison:
     if budget not in BUDGETS:
         raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
     values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
+    if given.get("methods") is None and model != EMBEDDED:
+        values["methods"] = tuple(m for m in values["methods"] if "shortcut=unguided" not in m)
     try:
         values["search"] = tuple(float(rate) for rate in values["search"])
     except ValueError:
