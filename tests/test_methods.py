@@ -282,6 +282,17 @@ def thinned(toy: Toy, *, points: Sequence[int]) -> Result:
     return x, toy.scores(x).sum()
 
 
+def jumps(toy: Toy, *, net: str, pin: bool) -> Result:
+    """From each segment's start to the next one's in one call, one LoRA at all of them."""
+    rollout = toy.rollout()
+    first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 3, 6, 9, N]}[toy.kind]
+    x = toy.noise
+    for i, j in itertools.pairwise(first_of):
+        x = toy.jump(x, toy.f(net, x, i), i, j)
+        x = straight_through(x, rollout[j]) if pin else x
+    return x, toy.scores(x).sum()
+
+
 def tune_shortcut(toy: Toy) -> Result:
     """The few-step model with LoRAs of its own: from each segment's start to the next one's."""
     first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 3, 6, 9, N]}[toy.kind]
@@ -305,6 +316,7 @@ DEFINITIONS: dict[str, Callable[..., Result]] = {
         flowbp_lagrange,
         full,
         thinned,
+        jumps,
         tune_shortcut,
     )
 }
@@ -333,6 +345,9 @@ def choices_of(method: str, plan: Plan, options: Choices) -> Choices:
         return dict(options)
     if method in ("full", "tune_shortcut"):
         return {}
+    if method == "jumps":
+        net = "policy" if options["jump"] == "ddim" else "tuned"
+        return {"net": net, "pin": options["pin"]}
     if method == "thinned":
         return {"points": train}
     if method == "alignprop":
@@ -386,6 +401,10 @@ CASES: list[tuple[str, Choices]] = [
     ("draft_lv", {"copies": 3}),
     ("full", {}),
     ("tune_shortcut", {}),
+    ("jumps", {}),
+    ("jumps", {"pin": True}),
+    ("jumps", {"jump": "ddim"}),
+    ("jumps", {"jump": "ddim", "pin": True}),
     ("thinned", {}),
     ("thinned", {"calls": 1}),
     ("thinned", {"calls": N}),
@@ -725,12 +744,16 @@ def test_only_shortfts_stated_calls_keep_a_graph(given: Choices, stage: int):
 
 @pytest.mark.parametrize("jump", ["shortcut", "ddim"])
 def test_one_lora_everywhere_jumps_along(jump: str):
-    """As `tune_shortcut` in stage 1 by jumps alone, but run by the base's chain."""
+    """As `tune_shortcut` jumps in training, but run by the base's chain; ShortFT's stage 1."""
     toy = Toy("epsilon")
-    given = {"loras": "segment", "first_by_shortcut": True, "jump": jump}
-    options = read_options("shortft", given)
-    assert placement_of("shortft", options, timestep_lora=False) == "everywhere"
-    plan = make_plan("shortft", toy.schedule, K, 1, torch.Generator(), options, timestep_lora=False)
+    own = read_options("jumps", {"jump": jump})
+    plan = make_plan("jumps", toy.schedule, K, 1, torch.Generator(), own)
+    options = read_options("shortft", {**own, "loras": "segment", "first_by_shortcut": True})
+    for method, given in (("jumps", own), ("shortft", options)):
+        assert placement_of(method, given, timestep_lora=False) == "everywhere"
+    assert plan == make_plan(
+        "shortft", toy.schedule, K, 1, torch.Generator(), options, timestep_lora=False
+    )
     few = make_plan("tune_shortcut", toy.schedule, K, 1, torch.Generator(), {})
     assert plan.trainable == (1,)
     if jump == "shortcut":

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from shortft import shortcuts
+from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, ModelNetworks
 from shortft.plans import Step
 from shortft.shortcuts import HYPER, PUBLISHED, Shortcut, check_shortcut, find_shortcut
+from shortft.trainer import Trainer
 from test_chain import make_shortcut
 from tiny import tiny_family
 
@@ -115,11 +117,34 @@ def test_the_shipped_ones_and_none():
     unguided = find_shortcut("emoji", check_shortcut("--shortcut", "unguided"), 4)
     assert unguided.guidance_scale == 1
     assert unguided.path != find_shortcut("emoji", "auto", 4).path
+    assert find_shortcut("emoji", "guided", 4) == find_shortcut("emoji", "auto", 4)
+    assert find_shortcut("emoji", "auto", 4, auto="unguided") == unguided
+    assert find_shortcut("emoji", "guided", 4, auto="unguided").guidance_scale == 3
     assert find_shortcut("emoji", "plain", 4).path is None
     with pytest.raises(UserError, match="no shortcut ships for mine"):
         find_shortcut("mine", "auto", 4)
     with pytest.raises(UserError, match="--shortcut unguided: no shortcut ships for mine"):
         find_shortcut("mine", "unguided", 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "which"),
+    [("jumps", "unguided"), ("shortft", "guided"), ("tune_shortcut", "guided")],
+)
+def test_auto_is_the_one_that_suits_the_method(method: str, which: str, tmp_path: Path):
+    own = {"method": method, "output_dir": tmp_path, "rank": 2, "tensorboard": False}
+    trainer = Trainer(Config(**own))
+    assert trainer.shortcut == find_shortcut("emoji", which, 4)
+    assert trainer.nets.shortcut_guidance.scale == (1 if which == "unguided" else 3)
+    named = Trainer(Config(**own, shortcut="guided"))
+    assert named.shortcut == find_shortcut("emoji", "guided", 4)
+
+
+def test_jumps_without_a_shortcut_are_the_bases(tmp_path: Path):
+    own = {"method": "jumps", "output_dir": tmp_path, "rank": 2, "tensorboard": False}
+    steps = Trainer(Config(**own, shortcut="none")).plan(0, 1).steps
+    assert {step.net for step in steps} == {"policy"}
+    assert len(steps) == 4
 
 
 @pytest.mark.parametrize("merge", [False, True])

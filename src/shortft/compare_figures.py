@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shortft.methods.catalog import METHODS, OURS
+from shortft.methods.catalog import METHODS
 
 if TYPE_CHECKING:
     from shortft.compare import Workshop
@@ -64,7 +64,7 @@ def _without_rate(method: str) -> str:
 def is_rival(method: str) -> bool:
     """Everything that is neither ShortFT, or a variant of it, nor a method of our own."""
     name = method.partition(":")[0]
-    own = name in METHODS and METHODS[name].source == OURS
+    own = name in METHODS and METHODS[name].ours
     return not (name.startswith("shortft") or own)
 
 

@@ -80,7 +80,7 @@ BUDGETS = {
         # Rates that searches chose for this reward and time (docs/measurements.md); the first takes
         # ShortFT's, since with the cheap shortcut it makes most updates.
         (
-            "shortft_jumps:shortcut=unguided,learning_rate=2e-3",
+            "jumps:learning_rate=2e-3",
             "shortft:learning_rate=2e-3",
             "draft_k:learning_rate=6e-3",
             "alignprop:learning_rate=6e-3",
@@ -97,8 +97,8 @@ BUDGETS = {
             "shortft",
             "shortft_segments",
             "shortft_everywhere",
-            "shortft_jumps",
-            "shortft_jumps:shortcut=unguided",
+            "jumps",
+            "jumps:shortcut=guided",
             "shortft_shared_lora",
             "shortft_no_stages",
             "shortft_pinned",
@@ -171,7 +171,7 @@ def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comp
         raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
     values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
     if given.get("methods") is None and model != EMBEDDED:
-        values["methods"] = tuple(m for m in values["methods"] if "shortcut=unguided" not in m)
+        values["methods"] = tuple(m for m in values["methods"] if "guided" not in m)
     try:
         values["search"] = tuple(float(rate) for rate in values["search"])
     except ValueError:

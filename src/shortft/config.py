@@ -130,11 +130,11 @@ class Config(BaseModel):
     )
     shortcut: str = Field(
         "auto",
-        description="Few-step LoRA that jumps over a segment: 'auto' (the one shipped for the "
-        "model), 'unguided' (a cheaper one for emoji), a file, a file on the hub "
-        "(owner/name/file.safetensors), a published one such as hyper-sd15-4, pcm-sdxl-8 or "
-        "tcd-sd15 (docs/shortcuts.md lists them), 'none' (guided DDIM jumps of the base) or "
-        "'plain' (unguided).",
+        description="Few-step LoRA that jumps over a segment: 'auto' (of the two that ship for "
+        "emoji the one that suits the method), 'guided' (the closer one), 'unguided' (the cheaper "
+        "one), a file, a file on the hub (owner/name/file.safetensors), a published one such as "
+        "hyper-sd15-4, pcm-sdxl-8 or tcd-sd15 (docs/shortcuts.md lists them), 'none' (guided DDIM "
+        "jumps of the base) or 'plain' (unguided).",
     )
     shortcut_guidance_scale: float | None = Field(
         None,

@@ -25,7 +25,7 @@ from shortft.errors import UserError
 from shortft.plans import Step, base_plan
 from shortft.schedule import jump
 from shortft.seeds import sample_seed
-from shortft.shortcuts import SHIPPED
+from shortft.shortcuts import ships
 from shortft.trainer import Trainer
 
 PROMPTS = 4
@@ -50,7 +50,7 @@ def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
         UserError: with both figures and what to do instead.
     """
     config = trainer.config
-    shipped = config.shortcut in SHIPPED or trainer.shortcut.path is None
+    shipped = ships(config.shortcut) or trainer.shortcut.path is None
     if shipped or not config.check_shortcut:
         return
     steps = trainer.plan(0, 1).steps

@@ -18,7 +18,9 @@ from shortft.weights_file import check_weights_file, sha256
 
 BASE_JUMPS = ("none", "plain")  # jumps by the base itself, guided or not
 # Of the embedded model: with the chain's own guidance and closest to it, or at half the cost.
-SHIPPED = {"auto": "shortcut.safetensors", "unguided": "unguided.safetensors"}
+GUIDED = "guided"
+SHIPPED = {GUIDED: "shortcut.safetensors", "unguided": "unguided.safetensors"}
+AUTO = "auto"  # the one of these that the method asks for
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def check_shortcut(option: str, value: str) -> str:
     Raises:
         UserError: if it does not, or the file is damaged.
     """
-    known = (*SHIPPED, *BASE_JUMPS, *PUBLISHED)
+    known = (AUTO, *SHIPPED, *BASE_JUMPS, *PUBLISHED)
     if value not in known and is_file(value):
         check_weights_file(f"{option} {value}", Path(value), "give a LoRA's .safetensors file")
         return value
@@ -174,7 +176,12 @@ def check_shortcut(option: str, value: str) -> str:
     raise UserError(f"{option} {value or repr(value)}: no such file; {remedy}")
 
 
-def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
+def ships(name: str) -> bool:
+    """Whether a name is that of a shortcut of the embedded model."""
+    return name == AUTO or name in SHIPPED
+
+
+def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> Shortcut:
     """The shortcut that an option names; one on the hub is downloaded.
 
     A file is run as its publisher says where its name is that of a published one, or as the JSON
@@ -182,6 +189,7 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
 
     Args:
         segments: of the chain; most published shortcuts fit one number only.
+        auto: which of the shipped ones "auto" is, see `catalog.Method.shortcut`.
 
     Raises:
         UserError: if there is none, it cannot be fetched, or it fits other segments.
@@ -196,8 +204,8 @@ def find_shortcut(model: str, name: str, segments: int) -> Shortcut:
         check_content(name, path, published)
     elif on_hub:
         path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
-    elif name in SHIPPED:
-        path = asset("shortcut", SHIPPED[name])
+    elif ships(name):
+        path = asset("shortcut", SHIPPED[auto if name == AUTO else name])
     else:
         path = Path(name)
     if known is not None:
@@ -219,7 +227,7 @@ def check_fits(model: str, name: str, segments: int) -> Published | None:
     Raises:
         UserError: if it fits other segments, or none ships for the model.
     """
-    if name in SHIPPED and model != EMBEDDED:
+    if ships(name) and model != EMBEDDED:
         raise UserError(
             f"--shortcut {name}: no shortcut ships for {model}; give a few-step LoRA file (make "
             "one by `shortft shortcut`), a published one such as "

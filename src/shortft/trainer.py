@@ -79,8 +79,10 @@ class Trainer:
         self.sample_prompts = read_prompts(shown) if shown else self.prompts
         method = METHODS[config.method]
         self.shortcut = shortcut = Shortcut(None)
-        if method.uses_segments:
-            self.shortcut = shortcut = find_shortcut(config.model, config.shortcut, config.segments)
+        if method.shortcut is not None:
+            self.shortcut = shortcut = find_shortcut(
+                config.model, config.shortcut, config.segments, auto=method.shortcut
+            )
         self.inputs = fingerprint(config, self.prompts, shortcut.path)
         device = str(self.accelerator.device)
         self.family: Family = load_family(

@@ -51,17 +51,19 @@ def make_plan(
         ValueError: if the options do not fit the schedule.
     """
     from shortft.methods import suffix, surrogate
-    from shortft.methods.shortft import few_step_plan, shortft_plan
+    from shortft.methods.shortft import few_step_plan, jumps_plan, shortft_plan
 
+    values = dict(options)
+    if values.get("jump") == "auto":
+        values["jump"] = "shortcut" if shortcut else "ddim"
     if METHODS[method].by_segment:
-        values = dict(options)
-        if values["jump"] == "auto":
-            values["jump"] = "shortcut" if shortcut else "ddim"
         placement = placement_of(method, values, timestep_lora=timestep_lora)
         del values["loras"]
         return shortft_plan(schedule, k, stage, placement=placement, **values)
     if METHODS[method].few_step:
         return few_step_plan(schedule, k)
+    if method == "jumps":
+        return jumps_plan(schedule, k, **values)
     make = getattr(suffix, method, None) or getattr(surrogate, method)
-    plan: Plan = make(schedule, draw, **options)
+    plan: Plan = make(schedule, draw, **values)
     return plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shortft.errors import UserError
 
@@ -45,12 +45,15 @@ class Method:
         source: the paper or code that defines it.
         options: its hyper-parameters.
         placement: where its LoRAs act at inference, see `plans.adapters_at`.
+        shortcut: which of the embedded model's shortcuts `--shortcut auto` is; none for methods
+            that make no jumps over segments.
     """
 
     about: str
     source: str
     options: Mapping[str, Option] = field(default_factory=dict)
     placement: Placement = "everywhere"
+    shortcut: Literal["guided", "unguided"] | None = None
 
     @property
     def by_segment(self) -> bool:
@@ -60,12 +63,17 @@ class Method:
     @property
     def uses_segments(self) -> bool:
         """Whether the chain is cut into segments, which a shortcut may jump over."""
-        return self.by_segment or self.few_step
+        return self.shortcut is not None
 
     @property
     def few_step(self) -> bool:
         """Whether the few-step model is tuned, and run, instead of the base."""
         return self.placement == "few_step"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's own, and nobody's rival."""
+        return self.source.startswith(OURS)
 
 
 OURS = "this project"
@@ -75,6 +83,7 @@ FLOWBP = "Wang et al. 2026, arXiv 2606.11075"
 LATE_BIAS = Option(
     2.0, f"active steps are drawn with weights (step + 1)^late_bias ({FLOWBP}: the code's 2)"
 )
+PIN = Option(False, "jumps keep the true chain's values and give their gradient only (ours)")
 
 METHODS: dict[str, Method] = {
     "shortft": Method(
@@ -88,9 +97,7 @@ METHODS: dict[str, Method] = {
                 "is given, else ddim",
                 choices=("auto", "shortcut", "ddim", "ddim_2", "dpm_2"),
             ),
-            "pin": Option(
-                False, "jumps keep the true chain's values and give their gradient only (ours)"
-            ),
+            "pin": PIN,
             "first_by_shortcut": Option(
                 False, "stage 1 jumps over segment 1 too, so that the chain has 2k calls (ours)"
             ),
@@ -108,11 +115,27 @@ METHODS: dict[str, Method] = {
             ),
         },
         placement="stacked",
+        shortcut="guided",
+    ),
+    "jumps": Method(
+        "one shortcut jump per segment, a LoRA at every timestep, gradient through all of them",
+        f"{OURS}: the first stage of ShortFT, cut down to its jumps",
+        {
+            "jump": Option(
+                "auto",
+                "by the shortcut LoRA, or without training by a DDIM step of the base; auto = the "
+                "shortcut if one is given, else ddim",
+                choices=("auto", "shortcut", "ddim"),
+            ),
+            "pin": PIN,
+        },
+        shortcut="unguided",
     ),
     "tune_shortcut": Method(
         "the few-step model itself is tuned and run: one jump per segment, gradient through all",
         f"{SHORTFT}, Table 2",
         placement="few_step",
+        shortcut="guided",
     ),
     "draft_k": Method(
         "gradient through the last K steps",
@@ -211,11 +234,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shortft_first_by_shortcut": {"method_options": {"first_by_shortcut": True}},
     "shortft_segments": {"method_options": {"loras": "segment"}},
     "shortft_everywhere": {"method_options": {"loras": "segment"}, "timestep_lora": False},
-    "shortft_jumps": {
-        "method_options": {"loras": "segment", "first_by_shortcut": True},
-        "timestep_lora": False,
-        "stage_shares": "first",
-    },
     "shortft_plain_ddim": {"shortcut": "plain"},
     "shortft_ddim": {"method_options": {"jump": "ddim"}},
     "shortft_ddim_2": {"method_options": {"jump": "ddim_2"}},

@@ -71,6 +71,16 @@ def shortft_plan(
     return Plan(tuple(steps), trainable)
 
 
+def jumps_plan(schedule: Schedule, k: int, *, jump: str, pin: bool) -> Plan:
+    """One LoRA at every timestep, trained through one jump per segment: k calls, all with gradient.
+
+    Stage 1 of ShortFT with its first segment jumped over too, and no LoRA steps.
+    """
+    return shortft_plan(
+        schedule, k, 1, placement="everywhere", jump=jump, pin=pin, first_by_shortcut=True
+    )
+
+
 def few_step_plan(schedule: Schedule, k: int) -> Plan:
     """The few-step model itself is tuned: its own chain, gradient through all k calls (Table 2)."""
     chain = inference_plan(schedule, k, "few_step")

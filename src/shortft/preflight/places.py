@@ -15,7 +15,7 @@ from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
 from shortft.rewards.places import BERT, CLIP_L, COMPANIONS, FILES, VIT_H, reward_places
 from shortft.rewards.spec import scorers
-from shortft.shortcuts import BASE_JUMPS, PUBLISHED, SHIPPED
+from shortft.shortcuts import BASE_JUMPS, PUBLISHED, ships
 
 # Hub id → outline of the released model (see tools/outlines.py), and GB that a download takes:
 # denoiser, decoder and text encoders in the number format in which they are published.
@@ -112,7 +112,7 @@ def _model_gb(model: str) -> float:
 
 
 def _shortcut_gb(name: str) -> float:
-    if name in (*SHIPPED, *BASE_JUMPS) or Path(name).is_file():
+    if ships(name) or name in BASE_JUMPS or Path(name).is_file():
         return 0.0
     if name in PUBLISHED:
         return _missing(PUBLISHED[name].repo, SMALL_GB, [PUBLISHED[name].file])
