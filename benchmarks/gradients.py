@@ -48,13 +48,14 @@ from shortft.rewards import make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
-from shortft.shortcuts import find_shortcut
+from shortft.shortcuts import GUIDED, find_shortcut
 from shortft.step import leap_weight, noise_of_copy, states_of
 
 # By where LoRAs act at inference: what is measured against the true chain of that placement.
 GROUPS: dict[Placement, tuple[str, ...]] = {
     "everywhere": (
         *(name for name in METHODS if name not in ("shortft", "full")),
+        "jumps:shortcut=guided",
         "shortft_everywhere",
     ),
     "stacked": (
@@ -114,10 +115,10 @@ class Bench:
             info = read_info(path)
             self.adapters[info.placement] = path, info
 
-    def networks(self, placement: Placement, *, plain: bool = False) -> ModelNetworks:
+    def networks(self, placement: Placement, which: str = GUIDED) -> ModelNetworks:
         """Networks with the adapter for this placement, or with LoRAs moved by noise."""
         path, info = self.adapters.get(placement, (None, None))
-        shortcut = find_shortcut(EMBEDDED, "plain" if plain else "auto", K)
+        shortcut, plain = find_shortcut(EMBEDDED, which, K), which == "plain"
         nets = ModelNetworks(
             self.family,
             guidance=Guidance(self.family.default_guidance_scale),
@@ -221,12 +222,16 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def drawn(
     names: Sequence[str], bench: Bench, options: argparse.Namespace
-) -> Iterator[tuple[str, list[Plan]]]:
-    """Each method's plans: the draws of random ones, and every stage of those with stages."""
+) -> Iterator[tuple[str, list[Plan], str]]:
+    """Each method's plans, and its shortcut.
+
+    They are the draws of random ones, and every stage of those with stages.
+    """
     for name in names:
         settings: Mapping[str, Any] = variant_settings(name, K)
         method = settings["method"]
         values = read_options(method, settings.get("method_options") or {})
+        shortcut = settings.get("shortcut") or METHODS[method].shortcut or GUIDED
         for stage in range(1, K + 1) if name in STAGED else (1,):
             plans = [
                 make_plan(
@@ -241,7 +246,7 @@ def drawn(
                 for i in range(options.draws)
             ]
             shown = f"{name}, stage {stage}" if stage > 1 else name
-            yield shown, plans if len(set(plans)) > 1 else plans[:1]
+            yield shown, plans if len(set(plans)) > 1 else plans[:1], shortcut
 
 
 def mean_norms(found: Sequence[Found]) -> dict[int, float]:
@@ -316,8 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(lines[-1], flush=True)
 
         add(f"full: {TITLES[placement]}", [true])
-        for name, plans in drawn(names, bench, options):
-            used = bench.networks(placement, plain=True) if "plain" in name else nets
+        for name, plans, shortcut in drawn(names, bench, options):
+            used = nets if shortcut == GUIDED else bench.networks(placement, shortcut)
             add(name, [bench.found(used, plan, inference, states) for plan in plans])
     write_atomic(options.output_dir / "gradients.md", ("\n".join(lines) + "\n").encode())
     chart(options.output_dir / "gradients.png", groups, bench.schedule.timesteps)

@@ -38,6 +38,7 @@ METHODS = (
     "shortft",
     "shortft_first_by_shortcut",
     "shortft_segments",
+    "jumps",
     "tune_shortcut",
     "draft_k",
     "draft_lv",
@@ -53,7 +54,7 @@ METHODS = (
 STEPS = (25, 50, 100, 200, 1000)
 # The longest chains are left to some methods, and full backpropagation to short ones: --all.
 FULL_UP_TO, ALL_UP_TO = 100, 200
-LONGEST = ("thinned", "shortft", "tune_shortcut", "draft_k", "flowbp_bridge")
+LONGEST = ("jumps", "thinned", "shortft", "tune_shortcut", "draft_k", "flowbp_bridge")
 RECOMPUTE_ABOVE = 16
 COLUMNS = {
     "method": "method",
