@@ -35,7 +35,12 @@ GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
 
 @pytest.mark.parametrize(
     ("method", "options", "loras"),
-    [("thinned", {}, 1), ("shortft", {}, 4), ("shortft", {"loras": "segment"}, 4)],
+    [
+        ("jumps", {}, 1),
+        ("thinned", {}, 1),
+        ("shortft", {}, 4),
+        ("shortft", {"loras": "segment"}, 4),
+    ],
 )
 def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str], loras: int):
     """Parameters exactly; activations as the real networks keep them, LoRAs included."""
@@ -158,7 +163,8 @@ def test_a_recipe_that_is_not_here_is_drawn_and_checked(
     assert config == load_config(None, recipe(name))
     text = " ".join(shown.err.split())
     if config.model == EMBEDDED:
-        assert "thinned, update 0" in text
+        assert "jumps, update 0" in text
+        assert "shortcut unguided, on this machine" in text
     else:
         last = f"stage {config.segments}: {config.num_steps} network calls, 1 with gradient"
         for part in (last, "to be downloaded", "600 that ship"):
@@ -262,11 +268,12 @@ def test_downloads_and_checkpoints_on_one_disk_are_added(
 
 
 def test_a_shortcut_that_the_method_does_not_use_is_said_to_be_so(shortcut: Path):
-    config = load_config(None, {**recipe("emoji"), "shortcut": str(shortcut)})
+    other = {**recipe("emoji"), "method": "thinned"}
+    config = load_config(None, {**other, "shortcut": str(shortcut)})
     (said,) = [check for check in dry_run.check_places(config) if check.what == "shortcut"]
     assert "not used: --method thinned" in said.found
     assert said.problem is None
-    usual = dry_run.check_places(load_config(None, recipe("emoji")))
+    usual = dry_run.check_places(load_config(None, other))
     assert all(check.what != "shortcut" for check in usual)
 
 

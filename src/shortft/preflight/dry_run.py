@@ -194,10 +194,10 @@ def check_disk(config: Config, found: Estimate) -> Check:
 def draw(console: Console, config: Config, found: Estimate) -> None:
     """The chain of every stage with its estimate, and the memory by what it is for."""
     times = found.schedule.timesteps.tolist()
-    by_segment = METHODS[config.method].by_segment
-    parts = segments(found.schedule, config.segments) if by_segment else ()
+    method = METHODS[config.method]
+    parts = segments(found.schedule, config.segments) if method.uses_segments else ()
     for number, plan in enumerate(found.stages, start=1):
-        name = f"stage {number}" if by_segment else f"{config.method}, update 0"
+        name = f"stage {number}" if method.by_segment else f"{config.method}, update 0"
         console.print(plan_text(plan, times, parts, name, legend=number == len(found.stages)))
         held = found.cost.activation_bytes(plan, recompute=config.recompute)
         seconds = found.cost.seconds(plan, recompute=config.recompute) * config.accumulation

@@ -15,7 +15,7 @@ from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
 from shortft.rewards.places import BERT, CLIP_L, COMPANIONS, FILES, VIT_H, reward_places
 from shortft.rewards.spec import scorers
-from shortft.shortcuts import BASE_JUMPS, PUBLISHED, ships
+from shortft.shortcuts import AUTO, BASE_JUMPS, PUBLISHED, ships
 
 # Hub id → outline of the released model (see tools/outlines.py), and GB that a download takes:
 # denoiser, decoder and text encoders in the number format in which they are published.
@@ -61,8 +61,10 @@ def needed(config: Config) -> list[Place]:
     places = [Place("model", config.model, _model_gb(config.model))]
     if config.decoder is not None:
         places.append(Place("decoder", config.decoder, _missing(config.decoder, SMALL_GB)))
-    if METHODS[config.method].uses_segments:
-        places.append(Place("shortcut", config.shortcut, _shortcut_gb(config.shortcut)))
+    own = METHODS[config.method].shortcut
+    if own is not None:
+        name = own if config.shortcut == AUTO else config.shortcut
+        places.append(Place("shortcut", name, _shortcut_gb(name)))
     names = {name for spec in specs(config) for name in scorers(spec)}
     for name, place in reward_places(names, config.reward_model).items():
         files = [FILES.get(name, "model.safetensors")]
