@@ -2,10 +2,11 @@
 
     python benchmarks/hacking.py --output-dir runs/hacking [--updates 80] [--only anchor]
 
-Trains the embedded model on symmetry alone with nothing against it, with the guard, with anchors to
-the base of several weights, and with an ensemble of symmetry and text alignment at several weights
-of their spread. Each adapter is measured on held-out prompts, two noises each: mirror error, the
-scorer that no run has seen, diversity, contrast, and the drift from the base in the last updates.
+Trains the embedded model by thinned chains on symmetry alone with nothing against it, with the
+guard, with anchors to the base of several weights, and with an ensemble of symmetry and text
+alignment at several weights of their spread. Each adapter is measured on held-out prompts, two
+noises each: mirror error, the scorer that no run has seen, diversity, contrast, and the drift from
+the base in the last updates.
 Runs are of equal updates, not of equal time. What is done is kept: start again to go on.
 """
 
@@ -71,6 +72,7 @@ def run(root: Path, name: str, change: dict[str, Any], args: argparse.Namespace)
     if result.exists():
         return dict(json.loads(result.read_text(encoding="utf-8")))
     common = {"reward": "symmetry", "minutes": None, "updates": args.updates, "tensorboard": False}
+    common |= {"method": "thinned", "learning_rate": 1e-3}
     common |= {"sample_every": max(1, args.updates // 8), "output_dir": folder}
     config = load_config(None, {**recipe("emoji"), **common, **change})
     adapter = train(config, auto_resume=True)
