@@ -150,8 +150,25 @@ def test_other_settings_in_the_same_folder_are_refused(base):
     workshop(base)
     with pytest.raises(UserError, match=r"another minutes \(0.5, not 0.7\)"):
         workshop(base, Comparison(**{**vars(SPEC), "minutes": 0.7}))
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match=r"another rank \(2, not 3\)"):
         Workshop(base.output_dir, SPEC, base.model_copy(update={"rank": 3})).prepare()
+
+
+def test_what_runs_bring_themselves_may_change_in_the_base(base):
+    """As it does where a recipe gets another method or rate."""
+    other = {"method": "thinned", "method_options": {"calls": 3}, "minutes": 9.0, "updates": 7}
+    rate = {**other, "learning_rate": 0.5}
+    shared = Comparison(("refl",), ("symmetry",), seeds=1, minutes=0.5)
+    own = dataclasses.replace(shared, methods=("refl:learning_rate=1e-3",))
+    for name, spec in (("search", SPEC), ("own", own), ("shared", shared)):
+        Workshop(base.output_dir / name, spec, base).prepare()
+        Workshop(base.output_dir / name, spec, base.model_copy(update=other)).prepare()
+        again = Workshop(base.output_dir / name, spec, base.model_copy(update=rate))
+        if name != "shared":
+            again.prepare()
+            continue
+        with pytest.raises(UserError, match="another learning_rate"):
+            again.prepare()
 
 
 def test_a_setting_that_is_younger_than_the_folder_had_its_default(base):
@@ -162,7 +179,7 @@ def test_a_setting_that_is_younger_than_the_folder_had_its_default(base):
     kept.write_text(json.dumps(held))
     workshop(base)
     kept.write_text(json.dumps(held))
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match="another shard"):
         Workshop(base.output_dir, SPEC, base.model_copy(update={"shard": True})).prepare()
 
 
@@ -595,6 +612,7 @@ def test_other_models_get_no_competitor_with_the_embedded_ones_shortcut(budget: 
     assert comparison_from(budget).methods == every
     others = comparison_from(budget, model="mine").methods
     assert others == tuple(m for m in every if "shortcut=" not in m)
+    assert (others != every) == (budget == "full")
     named = ("shortft:shortcut=unguided",)
     assert comparison_from(budget, model="mine", methods=named).methods == named
 

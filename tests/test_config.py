@@ -93,7 +93,10 @@ MISTAKES = [
     ({"reward_model": "/no/where"}, "--reward-model /no/where: no such model"),
     ({"reward": "clib"}, "did you mean clip?"),
     ({"reward": "clip:-1"}, "not a positive number"),
-    ({"shortcut": "nowhere"}, "--shortcut nowhere: no such file; give 'auto', 'none'"),
+    (
+        {"shortcut": "nowhere"},
+        "--shortcut nowhere: no such file; give 'auto', 'guided', 'unguided', 'none'",
+    ),
     ({"shortcut": "hyper-sd15"}, "did you mean 'hyper-sd15-"),
     ({"shortcut_scale": 0}, "--shortcut-scale 0: must be greater than 0"),
     ({"shortcut": ""}, "--shortcut '': no such file"),

@@ -17,7 +17,9 @@ import torch
 from shortft.assets import EMBEDDED, asset
 from shortft.cli import main
 from shortft.config import Config, load_config
+from shortft.cost import Call, Cost
 from shortft.families import load_family
+from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
 from shortft.preflight import dry_run, machine
 from shortft.preflight.estimate import estimate
@@ -25,6 +27,7 @@ from shortft.preflight.outline import encoder_parameters, parameters
 from shortft.preflight.places import configurations, needed
 from shortft.quiet import quiet
 from shortft.recipes import MEMORY_GB, recipe, recipe_names
+from shortft.schedule import alphas_cumprod, ddim_schedule
 from shortft.trainer import Trainer
 from test_bad_input import lora_of
 from test_lora_files import FAMILIES
@@ -56,8 +59,25 @@ def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str
     size = 16 * sum(p.numel() for p in trained)
     assert found.parts["LoRAs, gradients, optimizer"] == size
     measured = measure_cost(trainer)
-    assert found.cost.call_bytes == pytest.approx(measured.call_bytes, rel=0.3)
+    assert found.cost.call.kept == pytest.approx(measured.call.kept, rel=0.3)
+    if method == "jumps":  # a shortcut that runs unguided: half the calls
+        assert found.cost.jump.kept == pytest.approx(measured.jump.kept, rel=0.3)
+        assert measured.jump.kept < 0.7 * measured.call.kept
+        assert measured.jump.gradient < 0.8 * measured.call.gradient
+        assert found.cost.jump.forward == pytest.approx(found.cost.call.forward / 2, rel=0.01)
     assert found.schedule.timesteps.tolist() == trainer.schedule.timesteps.tolist()
+
+
+def test_an_update_costs_what_its_calls_do():
+    """Stage 1: eleven calls without gradient, four of the policy with it, three jumps."""
+    plan = shortft_plan(ddim_schedule(alphas_cumprod(), 50), 4, 1)
+    cost = Cost(Call(1.0, 10.0, 100), Call(0.5, 5.0, 40), decode=3.0, decode_bytes=7, steps=50)
+    assert cost.seconds(plan, recompute=False) == 11 + 4 * 10 + 3 * 5 + 3
+    assert cost.seconds(plan, recompute=True) == 69 + 4 * 1 + 3 * 0.5
+    assert cost.activation_bytes(plan, recompute=False) == 4 * 100 + 3 * 40 + 7
+    assert cost.activation_bytes(plan, recompute=True) == 100
+    pinned = shortft_plan(ddim_schedule(alphas_cumprod(), 50), 4, 1, pin=True)
+    assert cost.seconds(pinned, recompute=False) == 69 - 11 + 50
 
 
 def test_a_distilled_model_is_counted_without_guidance(tmp_path: Path):
@@ -71,7 +91,7 @@ def test_a_distilled_model_is_counted_without_guidance(tmp_path: Path):
             weights.unlink()
         options = {"model": str(folder), "resolution": 16, "decoder": str(folder / "vae")}
         config = Config(shortcut="plain", reward="symmetry", **options)
-        kept.append(estimate(config, folder, gpu=False, speed=1e9).cost.call_bytes)
+        kept.append(estimate(config, folder, gpu=False, speed=1e9).cost.call.kept)
     assert kept[0] == pytest.approx(2 * kept[1], rel=0.2)
 
 

@@ -32,7 +32,7 @@ from shortft.cli_options import (
     StrengthOption,
     with_config_options,
 )
-from shortft.config import Config, load_config, to_yaml
+from shortft.config import Config, load_config, option_name, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_dir, read_prompts
@@ -443,12 +443,18 @@ def compare(
     from shortft.compare import compare_command
     from shortft.comparison import comparison_from, parse_list, refuse_unused
 
-    for one, several in (("method", "--methods"), ("reward", "--rewards"), ("seed", "--seeds")):
+    several = {"method": "--methods", "reward": "--rewards", "seed": "--seeds"}
+    several["method_options"] = "--methods name:option=value"
+    for one, instead in several.items():
         if options.get(one) is not None:
-            raise UserError(f"--{one} {options[one]}: a comparison has several; give {several}")
+            raise UserError(
+                f"{option_name(one)} {options[one]}: a comparison has several; give {instead}"
+            )
     if options.get("output_dir") is None:
         options["output_dir"] = "runs/compare"
-    base = _config(config_file or Path(EMBEDDED), options)
+    # Competitors bring methods; the base's would only ask for its segments and its shortcut.
+    neutral = {"method": "full", "method_options": {}}
+    base = _config(config_file or Path(EMBEDDED), {**options, **neutral})
     chosen = comparison_from(
         budget,
         model=base.model,

@@ -39,7 +39,8 @@ REWARD = typer.Option(
 ShortcutOption = Annotated[
     str,
     typer.Option(
-        help="Few-step LoRA: 'auto' (shipped for the model), 'none' (DDIM jump), or a file.",
+        help="Few-step LoRA: 'guided' (= 'auto') or 'unguided' (both ship for emoji), 'none' (DDIM "
+        "jump), or a file.",
         callback=lambda value: check_shortcut("--shortcut", value),
     ),
 ]

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from shortft.evaluate import Pictures
 
 SEARCH_SEED = 1000
+# What every run brings itself, whatever the base says.
+OWN = {"method", "method_options", "reward", "seed", "minutes", "updates", "output_dir"}
+OWN |= {"sample_every", "sample_times", "sample_prompts", "sample_noises"}
 RESULT, CLAIM, LOG = "result.json", ".claim", "train.log"
 
 
@@ -72,25 +75,23 @@ class Workshop:
         Raises:
             UserError: if it holds a comparison with other settings.
         """
-        wanted = {
-            **json.loads(json.dumps(asdict(self.comparison))),
-            "base": self.base.model_dump(mode="json", exclude={"output_dir"}),
-        }
+        wanted = json.loads(json.dumps(asdict(self.comparison)))
+        own = OWN.copy()
+        if self.comparison.search or all(map(has_own_rate, self.comparison.methods)):
+            own.add("learning_rate")
+        wanted["base"] = self.base.model_dump(mode="json", exclude=own)
         kept = self.root / "compare.json"
         if kept.exists():
             found = json.loads(kept.read_text(encoding="utf-8"))
             # A setting that is younger than the folder had its default value there.
-            young = Config().model_dump(mode="json", exclude={"output_dir"})
-            found["base"] = {**young, **found.get("base", {})}
-            free = ("methods", "rewards", "seeds")
-            differing = [
-                n for n, value in wanted.items() if n not in free and found.get(n) != value
-            ]
-            if differing:
-                name = differing[0]
+            then = {**Config().model_dump(mode="json"), **found.get("base", {})}
+            before = {**found, **{name: then[name] for name in wanted["base"]}}
+            now = {**wanted, **wanted["base"]}
+            free = ("methods", "rewards", "seeds", "base")
+            for name in (n for n in now if n not in free and before.get(n) != now[n]):
                 raise UserError(
                     f"--output-dir {self.root}: holds a comparison with another {name} "
-                    f"({_brief(found.get(name))}, not {_brief(wanted[name])}); use the same "
+                    f"({_brief(before.get(name))}, not {_brief(now[name])}); use the same "
                     "settings, or another folder"
                 )
         listed = (

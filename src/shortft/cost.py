@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,38 +11,60 @@ from shortft.plans import Plan
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds and bytes of single calls at a run's micro-batch size.
+class Call:
+    """One network call at a run's micro-batch size.
 
     Attributes:
-        forward: seconds of a call without gradient (guided base).
-        gradient: seconds of a call with gradient, forward and backward (guided policy).
-        decode: seconds of decoding and scoring with gradient.
-        call_bytes: activations that a call with gradient keeps.
-        decode_bytes: activations that decoding and scoring keep.
-        steps: calls of a whole rollout.
+        forward: seconds without gradient.
+        gradient: seconds with gradient, forward and backward.
+        kept: bytes of activations that it keeps for its backward pass.
     """
 
     forward: float
     gradient: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and bytes of what an update is made of.
+
+    Attributes:
+        call: of base and policy, with the chain's guidance.
+        jump: of the shortcut, with its own guidance.
+        decode: seconds of decoding and scoring with gradient.
+        decode_bytes: activations that decoding and scoring keep.
+        steps: calls of a whole rollout.
+    """
+
+    call: Call
+    jump: Call
     decode: float
-    call_bytes: int
     decode_bytes: int
     steps: int
 
     def seconds(self, plan: Plan, *, recompute: bool) -> float:
         """Of one micro-batch."""
-        again = self.forward * plan.grad_calls if recompute else 0.0
-        without = self.forward * (plan.calls - plan.grad_calls)
-        if plan.needs_rollout:
-            without += self.forward * self.steps
-        return without + self.gradient * plan.grad_calls + again + self.decode
+        total = self.decode + self.call.forward * self.steps * plan.needs_rollout
+        for call, with_gradient in self._calls(plan):
+            total += call.gradient if with_gradient else call.forward
+            total += call.forward * (recompute and with_gradient)
+        return total
 
     def activation_bytes(self, plan: Plan, *, recompute: bool) -> int:
         """Activations held at the peak of one micro-batch."""
+        kept = [call.kept for call, with_gradient in self._calls(plan) if with_gradient]
         if recompute:  # the backward pass is done with the picture before it runs a call again
-            return max(self.call_bytes, self.decode_bytes)
-        return self.call_bytes * plan.grad_calls + self.decode_bytes
+            return max([*kept, self.decode_bytes])
+        return sum(kept) + self.decode_bytes
+
+    def _calls(self, plan: Plan) -> Iterator[tuple[Call, bool]]:
+        """Every network call of a plan, and whether it carries gradient."""
+        for step, with_gradient in zip(plan.steps, plan.grad_mask, strict=True):
+            if step.net != "cached":
+                yield (self.jump if step.net == "shortcut" else self.call), with_gradient
+        for _ in range(plan.renoise):
+            yield self.call, plan.grad_mask[-1]
 
 
 class Kept:

@@ -15,6 +15,7 @@ from shortft.drawing.curves import read_metrics
 from shortft.families.base import Family
 from shortft.methods.catalog import METHODS
 from shortft.schedule import Schedule
+from shortft.shortcuts import AUTO
 
 # Settings that are worth telling and hold no place on the author's disk.
 TOLD = (
@@ -34,7 +35,7 @@ TOLD = (
     "resolution",
     "seed",
 )
-OF_SEGMENTS = ("segments", "timestep_lora", "shortcut")
+OF_SEGMENTS = ("segments", "shortcut")
 
 
 def public(name: str) -> str:
@@ -57,7 +58,12 @@ def told_settings(info: AdapterInfo) -> dict[str, Any]:
     """The settings of `TOLD` that the run had."""
     config = info.config
     method = METHODS.get(config.get("method", ""))
-    unused = () if method is None or method.uses_segments else OF_SEGMENTS
+    unused: tuple[str, ...] = ()
+    if method is not None:
+        unused += () if method.uses_segments else OF_SEGMENTS
+        unused += () if method.by_segment else ("timestep_lora",)
+        if config.get("shortcut") == AUTO:
+            config = {**config, "shortcut": method.shortcut}
     told = [name for name in TOLD if name not in unused and config.get(name) not in (None, {})]
     settings = {name: config[name] for name in told}
     return {

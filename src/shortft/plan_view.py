@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shortft.config import Config
-from shortft.cost import Cost, Kept
+from shortft.cost import Call, Cost, Kept
 from shortft.families.base import Conditioning
 from shortft.methods import METHODS
 from shortft.plans import Step
@@ -22,24 +24,22 @@ def measure_cost(trainer: Trainer) -> Cost:
     """Time one call of each kind on real modules; the second of two, the first warms up."""
     batch = trainer.batches(0)[0]
     noise, cond = trainer.family.noise(batch.seeds), trainer.family.encode(batch.prompts)
-    policy = Step(0, 1, "policy", trainer.nets.loras, trains=True)
 
-    def forward() -> None:
+    def forward(step: Step) -> None:
         with torch.no_grad():
-            _predict(trainer, Step(0, 1, "base"), noise, cond)
+            _predict(trainer, step, noise, cond)
 
-    def gradient() -> None:
+    def gradient(step: Step) -> None:
         # The input carries gradient too, as it does in the middle of a chain.
         x = noise.clone().requires_grad_()
-        _predict(trainer, policy, x, cond).square().mean().backward()
+        _predict(trainer, step, x, cond).square().mean().backward()
 
     def decode() -> None:
         images = trainer.family.decode(noise.clone().requires_grad_())
         with trainer.reward.at_work(images.device):
             trainer.reward(images, batch.prompts).sum().backward()
 
-    costs = []
-    for action in (forward, gradient, decode):
+    def timed(action: Callable[[], None]) -> tuple[float, int]:
         action()
         _wait(trainer)
         alive = (thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter)
@@ -48,11 +48,20 @@ def measure_cost(trainer: Trainer) -> Cost:
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             action()
         _wait(trainer)
-        costs.append((time.monotonic() - began, kept.total))
+        return time.monotonic() - began, kept.total
+
+    def timed_call(without: Step, trained: Step) -> Call:
+        seconds, _ = timed(partial(forward, without))
+        return Call(seconds, *timed(partial(gradient, trained)))
+
+    policy = Step(0, 1, "policy", trainer.nets.loras, trains=True)
+    call = jump = timed_call(Step(0, 1, "base"), policy)
+    jumps = [step for step in trainer.plan(0, 1).steps if step.net == "shortcut"]
+    if jumps:
+        jump = timed_call(jumps[0], jumps[0])
+    seconds, kept_bytes = timed(decode)
     trainer.optimizer.zero_grad(set_to_none=True)
-    (forward_s, _), (gradient_s, call_bytes), (decode_s, decode_bytes) = costs
-    steps = trainer.schedule.num_steps
-    return Cost(forward_s, gradient_s, decode_s, call_bytes, decode_bytes, steps)
+    return Cost(call, jump, seconds, kept_bytes, trainer.schedule.num_steps)
 
 
 def _predict(trainer: Trainer, step: Step, x: Tensor, cond: Conditioning) -> Tensor:

@@ -11,10 +11,11 @@ from shortft.adapter import load_into, read_info
 from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
+from shortft.methods.catalog import METHODS
 from shortft.networks import ModelNetworks
 from shortft.plans import Plan, base_plan, inference_plan
 from shortft.schedule import Schedule, segments
-from shortft.shortcuts import Shortcut, find_shortcut
+from shortft.shortcuts import GUIDED, Shortcut, find_shortcut
 
 DECODED_AT_ONCE = 1024 * 1024  # pixels: one picture of 1024 × 1024, 256 of 64 × 64
 
@@ -91,7 +92,8 @@ def load_tuned(
     if placement == "few_step" and plain_chain:
         placement = "everywhere"
     if placement == "few_step":
-        shortcut = find_shortcut(own["model"], own["shortcut"], info.segments)
+        auto = METHODS["tune_shortcut"].shortcut or GUIDED
+        shortcut = find_shortcut(own["model"], own["shortcut"], info.segments, auto)
     nets = ModelNetworks(
         family,
         guidance=Guidance(scale),

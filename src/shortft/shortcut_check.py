@@ -204,7 +204,9 @@ def check_command(
     found = find_shortcut(model, shortcut, segments)
     path = found.path
     if path is None:
-        raise UserError("--shortcut none: there is nothing to check; give `auto` or a LoRA file")
+        raise UserError(
+            "--shortcut none: there is nothing to check; give `guided`, `unguided` or a LoRA file"
+        )
     if output is not None and output.resolve() == path.with_suffix(".json").resolve():
         raise UserError(f"--output {output}: holds the shortcut's own settings; give another name")
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")

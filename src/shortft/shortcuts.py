@@ -170,7 +170,7 @@ def check_shortcut(option: str, value: str) -> str:
     if value in known or _ON_HUB.fullmatch(value):
         return value
     near = difflib.get_close_matches(value, known, n=1)
-    remedy = "give 'auto', 'none', 'plain' or a LoRA's file"
+    remedy = "give 'auto', 'guided', 'unguided', 'none', 'plain' or a LoRA's file"
     if near:
         remedy = f"did you mean {near[0]!r}?"
     raise UserError(f"{option} {value or repr(value)}: no such file; {remedy}")
@@ -213,6 +213,22 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     if not path.is_file():
         raise UserError(f"--shortcut {name}: no such file; make one by `shortft shortcut`")
     return Shortcut(path, own_guidance(path))
+
+
+def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> float:
+    """What a shortcut will run with, without a download: as `find_shortcut` finds.
+
+    Raises:
+        UserError: if it fits other segments, or none ships for the model.
+    """
+    if name in BASE_JUMPS:
+        return Shortcut(None).guidance_scale
+    known = check_fits(model, name, segments)
+    if known is not None:
+        return known.guidance_scale
+    if ships(name):
+        return find_shortcut(model, name, segments, auto).guidance_scale
+    return own_guidance(Path(name)) if Path(name).is_file() else 1.0
 
 
 def check_fits(model: str, name: str, segments: int) -> Published | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shortft.config import Config
-from shortft.cost import Cost, Kept
+from shortft.cost import Call, Cost, Kept
 from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
@@ -32,6 +33,7 @@ from shortft.preflight.places import specs
 from shortft.rewards.spec import scorers
 from shortft.schedule import Schedule
 from shortft.seeds import generator
+from shortft.shortcuts import known_guidance
 from shortft.space import check_space, size_of
 
 # Parameters in millions, and GB of activations per picture, of reward models in fp32, which is how
@@ -123,17 +125,19 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         if name in REWARD_MODELS and (name != "clip" or config.reward_model)  # else it is tiny
     ]
     numbers = lora_numbers(config, family)
-    call, picture = _counted(family, lora_layers(family), guidance)
+    jump_guidance = Guidance(shortcut_guidance(config), config.guidance_grad)
+    adapted = lora_layers(family)
+    call, jump, picture = _counted(family, adapted, (guidance, jump_guidance))
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
     decoding, scoring = picture.kept * at_once, int(sum(gb for _, gb in models) * GB) * micro
     cost = Cost(
-        forward=call.operations * micro / speed,
-        gradient=2 * call.operations * micro / speed,  # frozen weights: backward costs as much
+        call=_at(call, micro, speed),
+        jump=_at(jump, micro, speed),
         decode=2 * picture.operations * micro / speed,
-        call_bytes=call.kept * micro,
         decode_bytes=max(decoding, scoring) if config.recompute else decoding + scoring,
         steps=schedule.num_steps,
     )
+    activations = max(cost.activation_bytes(plan, recompute=config.recompute) for plan in stages)
     width = 2 if config.precision == "bf16" else 4
     weights = parameters(family.denoiser) * width
     if config.shard:
@@ -145,25 +149,22 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         "denoiser": weights * (2 if config.merge else 1),
         "latent decoder": parameters(family.vae) * (4 if family.vae_dtype == torch.float32 else 2),
         "text encoders": 0 if config.encode_ahead else encoders,
-        "rewards": resident_rewards(config, scored_by, scoring, cost) if gpu else scored_by,
+        "rewards": resident_rewards(config, scored_by, scoring, activations) if gpu else scored_by,
         # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
         "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * numbers,
-        "activations": max(
-            cost.activation_bytes(plan, recompute=config.recompute) for plan in stages
-        ),
+        "activations": activations,
     }
     encoding = weights + parts["latent decoder"] + encoders
     disk = disk_bytes(config, numbers)
     return Estimate(parts, encoding, disk, cost, stages, schedule, speed)
 
 
-def resident_rewards(config: Config, weights: int, scoring: int, cost: Cost) -> int:
+def resident_rewards(config: Config, weights: int, scoring: int, peak: int) -> int:
     """Bytes that reward models' weights add to a GPU's peak; `scoring` are their activations."""
     if config.reward_device == "cpu":
         return 0
     if config.reward_device == "offload" and config.recompute:
         # They are gone before the picture is decoded, or a call run, again for its backward pass.
-        peak = max(cost.call_bytes, cost.decode_bytes)
         return max(peak, scoring + weights) - peak
     return weights
 
@@ -173,6 +174,20 @@ class Counted(NamedTuple):
 
     kept: int
     operations: int
+
+
+def _at(found: Counted, micro: int, speed: float) -> Call:
+    """A call of so many pictures."""
+    seconds = found.operations * micro / speed
+    return Call(seconds, 2 * seconds, found.kept * micro)  # frozen weights: backward costs as much
+
+
+def shortcut_guidance(config: Config) -> float:
+    """What the shortcut will run with, as far as it is known before a download; else unguided."""
+    own = METHODS[config.method].shortcut
+    if config.shortcut_guidance_scale is not None or own is None:
+        return config.shortcut_guidance_scale or 1.0
+    return known_guidance(config.model, config.shortcut, config.segments, own)
 
 
 def linear_parameters(network: nn.Module) -> int:
@@ -234,9 +249,9 @@ def check_room(config: Config, numbers: int | None = None) -> None:
 
 
 def _counted(
-    family: Any, adapted: Sequence[nn.Linear], guidance: Guidance
-) -> tuple[Counted, Counted]:
-    """One call of the denoiser with gradient, and decoding."""
+    family: Any, adapted: Sequence[nn.Linear], guidances: Sequence[Guidance]
+) -> list[Counted]:
+    """One call of the denoiser with gradient under each guidance, and decoding."""
     for layer in adapted:  # so that they keep their input, as a layer with a LoRA does
         layer.weight.requires_grad_(True)
     counted = []
@@ -244,10 +259,11 @@ def _counted(
         as_if_real([family.denoiser, family.vae])
         family.device = torch.device("cpu")
         prompt = blank_prompt(family)
-        for action in (
-            lambda x: family.predict(family.denoiser, x, 1.0, prompt, guidance),
-            family.decode,
-        ):
+        calls = [
+            partial(family.predict, family.denoiser, timestep=1.0, cond=prompt, g=guidance)
+            for guidance in guidances
+        ]
+        for action in (*calls, family.decode):
             kept = Kept([*family.denoiser.parameters(), *family.vae.parameters()])
             with (
                 FlopCounterMode(display=False) as counter,
@@ -255,7 +271,7 @@ def _counted(
             ):
                 _ = action(torch.empty(1, *family._latent_shape, requires_grad=True))
             counted.append(Counted(kept.total, counter.get_total_flops()))
-    return counted[0], counted[1]
+    return counted
 
 
 def measure_speed(device: str, precision: str) -> float:

@@ -11,16 +11,16 @@ from shortft.errors import UserError
 
 # GB of GPU memory that each takes, as `shortft train RECIPE --dry-run` estimates; a test compares.
 MEMORY_GB = {
-    "emoji": 1.4,
-    "sd15-hps": 55,
+    "emoji": 1.2,
+    "sd15-hps": 48.5,
     "sd15-hps-24gb": 11,
-    "sd15-pick": 55,
+    "sd15-pick": 48.5,
     "sdxl-hps": 56,
     "sdxl-hps-24gb": 18.5,
     "sd3-pick": 46,
     "sd3-pick-24gb": 16,
     "flux-hps": 67,
-    "paper": 51,
+    "paper": 44.5,
 }
 
 
