@@ -153,6 +153,27 @@ def test_train_passes_its_settings_on(calls: list[tuple[tuple[Any, ...], dict[st
     assert calls == [((settings,), {"resume": True, "allow_change": False, "auto_resume": False})]
 
 
+@pytest.mark.parametrize(
+    ("given", "updates", "minutes"),
+    [
+        ("", 250, 3.0),
+        ("--minutes 5", None, 5.0),
+        ("--updates 9", 9, None),
+        ("--updates 9 --minutes 2", 9, 2.0),
+        ("--minutes none", 250, None),
+    ],
+)
+def test_a_budget_takes_the_place_of_the_recipes(
+    given: str,
+    updates: int | None,
+    minutes: float | None,
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    assert main(["train", "emoji", *given.split()]) == 0
+    ((config,), _) = calls[0]
+    assert (config.updates, config.minutes) == (updates, minutes)
+
+
 def test_plan_takes_the_options_of_train(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> None:

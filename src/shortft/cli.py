@@ -47,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+BUDGETS = ("updates", "minutes")
 # Every mistake in option names or values; typer keeps this class of click in varying places.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 
@@ -504,6 +505,9 @@ def doctor() -> int:
 def _config(path: Path | None, options: dict[str, object]) -> Config:
     """A file's or a recipe's settings with the options on top; a file of that name goes first."""
     given = {name: v for name, v in options.items() if v is not None}
+    budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
+    if len(budgets) == 1:  # takes the place of the file's
+        given = {**dict.fromkeys(BUDGETS, None), **given}
     if path is not None and not exists(path) and str(path) in recipe_names():
         return load_config(None, {**recipe(str(path)), **given})
     return load_config(path, given)

@@ -39,7 +39,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     if reward is not None:
         settings["reward"] = reward
     if minutes is not None:
-        settings["minutes"] = minutes
+        settings |= {"minutes": minutes, "updates": None}
     config = load_config(None, settings)
     clear_earlier_demo(output_dir)
     console.print(f"Aligning the embedded model with reward {config.reward!r} by {config.method}")
