@@ -348,6 +348,23 @@ def test_cards_tell_no_paths():
     assert "base_model: owner/name\n" in card(hub, "kohya", ["a"], [])
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("jumps", {"segments": 4, "shortcut": "unguided"}),
+        ("tune_shortcut", {"segments": 4, "shortcut": "guided"}),
+        ("shortft", {"segments": 4, "timestep_lora": True, "shortcut": "guided"}),
+        ("thinned", {}),
+    ],
+)
+def test_cards_tell_which_shortcut_and_only_what_the_method_uses(
+    method: str, told: dict[str, object]
+):
+    config = {"method": method, "segments": 4, "timestep_lora": True, "shortcut": "auto"}
+    info = AdapterInfo("emoji", 1, 2, 4, "everywhere", 8, [1], [1], 3.0, config)
+    assert shareable(info).config == {"method": method, **told}
+
+
 REAL = {  # names in a LoRA's header, by what tells the variants of a family apart
     "sd_v1": ("sd", {"cross_attention_dim": 768}, "stable-diffusion-v1"),
     "sd_v2": ("sd", {"cross_attention_dim": 1024}, "stable-diffusion-v2-512"),
