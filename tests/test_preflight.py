@@ -63,7 +63,9 @@ def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str
     if method == "jumps":  # a shortcut that runs unguided: half the calls
         assert found.cost.jump.kept == pytest.approx(measured.jump.kept, rel=0.3)
         assert measured.jump.kept < 0.7 * measured.call.kept
-        assert measured.jump.gradient < 0.8 * measured.call.gradient
+        timed = [measured, measure_cost(trainer), measure_cost(trainer)]  # on a busy machine
+        fastest = min(cost.jump.gradient for cost in timed)
+        assert fastest < 0.8 * min(cost.call.gradient for cost in timed)
         assert found.cost.jump.forward == pytest.approx(found.cost.call.forward / 2, rel=0.01)
     assert found.schedule.timesteps.tolist() == trainer.schedule.timesteps.tolist()
 

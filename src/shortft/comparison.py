@@ -171,7 +171,7 @@ def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comp
         raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
     values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
     if given.get("methods") is None and model != EMBEDDED:
-        values["methods"] = tuple(m for m in values["methods"] if "guided" not in m)
+        values["methods"] = tuple(m for m in values["methods"] if "shortcut=" not in m)
     try:
         values["search"] = tuple(float(rate) for rate in values["search"])
     except ValueError:
