@@ -86,7 +86,7 @@ MISTAKES = [
     ({"method": "draft_k", "method_options": "k=0"}, "k=0: must lie in [1, inf]"),
     ({"method": "draft_k", "method_options": "k=x"}, "k=x: wrong value"),
     ({"method": "drtune", "method_options": {"train_step": 2}}, "did you mean 'train_steps'?"),
-    ({"precision": "fp16"}, "--precision fp16: must be 'fp32' or 'bf16'"),
+    ({"precision": "fp16"}, "--precision fp16: must be 'auto', 'fp32' or 'bf16'"),
     ({"seed": -1}, "--seed -1: must be greater than or equal to 0"),
     ({"model": "emojo"}, "--model emojo: no such model; give 'emoji'"),
     ({"model": "./no/where"}, "--model ./no/where: no such model"),

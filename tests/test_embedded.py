@@ -89,7 +89,7 @@ def test_a_short_run_makes_pictures_more_symmetric(tmp_path: Path):
         updates=24,
         rank=8,
         learning_rate=2e-3,
-        precision="bf16",
+        precision="auto",
         merge=True,
         shortcut="none",
         sample_every=0,

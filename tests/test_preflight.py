@@ -21,6 +21,7 @@ from shortft.cost import Call, Cost
 from shortft.families import load_family
 from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
+from shortft.precision import settled
 from shortft.preflight import dry_run, machine
 from shortft.preflight.estimate import estimate
 from shortft.preflight.outline import encoder_parameters, parameters
@@ -48,7 +49,7 @@ GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
 def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str], loras: int):
     """Parameters exactly; activations as the real networks keep them, LoRAs included."""
     own = {"method": method, "method_options": options, "tensorboard": False}
-    config = load_config(None, {**recipe("emoji"), **own})
+    config = load_config(None, {**recipe("emoji"), **own, "precision": "bf16"})
     family = load_family("emoji", precision="bf16")
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
     assert found.parts["denoiser"] == parameters(family.denoiser) * 2 * 2  # bf16, merge
@@ -323,7 +324,7 @@ def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     """As CUDA tells it, with what others hold left out."""
     cuda = {
         "is_available": lambda: True,
-        "is_bf16_supported": lambda: True,
+        "is_bf16_supported": lambda including_emulation: not including_emulation,
         "device_count": lambda: 1,
         "get_device_name": lambda index: "a GPU",
         "get_device_properties": lambda index: SimpleNamespace(total_memory=80 * 10**9),
@@ -355,12 +356,16 @@ def test_places_of_a_local_model_need_no_download(model: Path, shortcut: Path):
     assert all(place.download_gb == 0 for place in needed(config))
 
 
-def test_bf16_needs_a_device_that_knows_it():
+def test_bf16_needs_a_device_that_knows_it(monkeypatch: pytest.MonkeyPatch):
     old = machine.Device("cuda", "an old GPU", 24 * 2**30, bf16=False)
-    config = load_config(None, recipe("emoji"))
+    monkeypatch.setattr(machine, "devices", lambda: [old])
+    config = load_config(None, {**recipe("emoji"), "precision": "bf16"})
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
     assert "--precision fp32" in (dry_run.check_memory(config, found, old).problem or "")
     assert torch.get_default_dtype() == torch.float32
+    auto = settled(load_config(None, recipe("emoji")))
+    assert auto.precision == "fp32"
+    assert dry_run.check_memory(auto, found, old).problem is None
 
 
 def test_the_machine_in_words_names_its_devices(monkeypatch: pytest.MonkeyPatch):

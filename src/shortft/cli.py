@@ -325,7 +325,7 @@ def shortcut(
     seed: SeedOption = 0,
     prompts: PromptsOption = None,
     resolution: ResolutionOption = None,
-    precision: PrecisionOption = "bf16",
+    precision: PrecisionOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
 ) -> None:
     """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""

@@ -66,7 +66,12 @@ GuidanceOption = Annotated[
     typer.Option(min=1, help="Classifier-free guidance; default: the adapter's or the model's."),
 ]
 PrecisionOption = Annotated[
-    Literal["fp32", "bf16"], typer.Option(help="Number format of the frozen networks.")
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(
+        help="Number format of the frozen networks; 'auto' = bf16 where the machine computes "
+        "in it, else fp32.",
+        callback=lambda value: _own_precision() if value == "auto" else value,
+    ),
 ]
 StrengthOption = Annotated[
     float, typer.Option(help="Scale of the adapter: 0 = base model, 1 = as trained.")
@@ -76,6 +81,12 @@ ResolutionOption = Annotated[
     typer.Option(min=8, help="Height and width of the pictures; default: the model's own."),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Pictures or samples per network call.")]
+
+
+def _own_precision() -> str:
+    from shortft.precision import own_precision
+
+    return own_precision()
 
 
 def with_config_options(command: Command) -> Command:

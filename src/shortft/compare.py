@@ -342,10 +342,11 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
     from shortft.drawing.curves import read_metrics
     from shortft.evaluate import base_pictures, evaluate
     from shortft.families import load_family
+    from shortft.precision import settled
     from shortft.preflight import machine
     from shortft.rewards import make_reward
 
-    base = workshop.base
+    base = settled(workshop.base)
     spec = workshop.comparison
     family = load_family(
         base.model,

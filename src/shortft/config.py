@@ -229,8 +229,10 @@ class Config(BaseModel):
     reward_seconds: float | None = Field(
         300.0, gt=0, description="Limit of one call of a reward, in seconds; none = no limit."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Number format of the frozen networks; LoRAs always train in fp32."
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="Number format of the frozen networks; LoRAs always train in fp32. 'auto' is "
+        "bf16 where the machine computes in it, else fp32.",
     )
 
     # How long

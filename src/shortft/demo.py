@@ -28,6 +28,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     from shortft.drawing.progress import summary_table
     from shortft.evaluate import draw_before_after, evaluate
     from shortft.families import load_family
+    from shortft.precision import settled
     from shortft.recipes import recipe
     from shortft.rewards import make_reward
     from shortft.train import train
@@ -46,7 +47,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     adapter = train(config)
 
     log = read_metrics(output_dir / "metrics.jsonl").updates
-    family = load_family(EMBEDDED, precision=config.precision)
+    family = load_family(EMBEDDED, precision=settled(config).precision)
     scored_by = make_reward(config.reward, config.reward_model, family.device)
     listed = prompts_for(EMBEDDED, "held_out")
     prompts = [listed[i * len(listed) // NUM_PROMPTS] for i in range(NUM_PROMPTS)]

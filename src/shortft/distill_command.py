@@ -109,7 +109,7 @@ def distill_command(
     trajectories: int,
     seed: int,
     resume: bool,
-    precision: str = "bf16",
+    precision: str = "fp32",
     prompts_path: Path | None = None,
     pipeline: str | None = None,
     resolution: int | None = None,

@@ -105,8 +105,9 @@ def show_plan(config: Config, png: Path | None = None) -> None:
         console.print(f"{note}\n", style="dim", highlight=False)
         stages.append((name, plan))
         notes.append(note)
+    precision = trainer.config.precision
     console.print(
-        f"Estimates for batch {config.batch_size} in {splits} part(s), {config.precision}, from "
+        f"Estimates for batch {config.batch_size} in {splits} part(s), {precision}, from "
         "one timed call of each kind on this machine; weights and optimizer come on top.",
         style="dim",
     )

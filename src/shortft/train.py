@@ -25,6 +25,7 @@ from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
 from shortft.out_of_memory import advised
+from shortft.precision import emulated, settled
 from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
 from shortft.trainer import Trainer
@@ -61,10 +62,12 @@ def train(
             f"--output-dir {root}: holds a run; pass --resume to continue it, or name another one"
         )
     saved, notes = load_latest(root / "checkpoints") if resume else (None, [])
-    if saved is not None:
-        notes += check_same_run(
-            str(saved.state.get("config", "")), config, allow_change=allow_change
-        )
+    if saved is None:
+        config = settled(config)
+    else:
+        text = str(saved.state.get("config", ""))
+        config = settled(config, parse_yaml(text, SAVED).get("precision"))
+        notes += check_same_run(text, config, allow_change=allow_change)
     check_room(config)
     trainer = Trainer(config)
     log_bytes = 0
@@ -164,6 +167,9 @@ def remarks(trainer: Trainer) -> list[str]:
     warning = anchor_warning(config.reward)
     if warning:
         found.append(f"warning: {warning}")
+    slow = emulated(config)
+    if slow:
+        found.append(f"warning: {slow}")
     if config.guard != "off" and trainer.held_out is None:
         found.append(
             "note: no scorer watches for a reward that is hacked; --held-out names one, such as "
@@ -279,6 +285,7 @@ FREE = {
     "keep_checkpoints",
 }
 # What the saved weights depend on.
+SAVED = "--resume: the checkpoint's configuration"
 FIXED = {"model", "resolution", "method", "segments", "timestep_lora", "rank"}
 
 
@@ -291,7 +298,7 @@ def check_same_run(saved: str, config: Config, *, allow_change: bool = False) ->
     Raises:
         UserError: naming the settings that differ.
     """
-    old = parse_yaml(saved, "--resume: the checkpoint's configuration")
+    old = parse_yaml(saved, SAVED)
     new = config.model_dump(mode="json")
     changed = [n for n, value in new.items() if n not in FREE and old.get(n, value) != value]
     lines = [f"{option_name(n)} {new[n]}: the run to resume has {old[n]}" for n in changed]

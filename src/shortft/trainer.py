@@ -27,6 +27,7 @@ from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
 from shortft.plans import Plan, inference_plan, parts_for
+from shortft.precision import settled
 from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
@@ -65,7 +66,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config = config = settled(config)
         check_local_files(config)
         # Without this, processes that torchrun starts on CPUs would not know of one another.
         self.accelerator = Accelerator(

@@ -16,6 +16,7 @@ from shortft.inputs import read_prompts
 from shortft.launcher import check_split, processes
 from shortft.methods import METHODS
 from shortft.out_of_memory import savings
+from shortft.precision import emulated, settled
 from shortft.preflight import machine
 from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
 from shortft.preflight.files import problems
@@ -48,6 +49,7 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
     """
     console = Console(stderr=True, width=80)  # the configuration alone goes to standard output
     check_split(config, processes())
+    config = settled(config)
     device = machine.devices()[0]
     folder = configurations(config.pipeline or config.model)
     checks = [*check_places(config), check_prompts(config), check_output(config, resume=resume)]
@@ -142,9 +144,8 @@ def check_memory(config: Config, found: Estimate, device: machine.Device) -> Che
     )
     if device.free is not None:
         text += f"; {memory_text(device.free)} free now"
-    if config.precision == "bf16" and not device.bf16:
-        problem = f"--precision bf16: {device.name} does not compute in it; give --precision fp32"
-        return Check("memory", text, problem)
+    if emulated(config):
+        return Check("memory", text, emulated(config))
     if found.peak <= device.total:
         if device.free is None or found.peak <= device.free:
             return Check("memory", text)

@@ -21,6 +21,7 @@ from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.plans import Plan
+from shortft.precision import settled
 from shortft.preflight.outline import (
     as_if_real,
     blank_prompt,
@@ -91,6 +92,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     Raises:
         UserError: the model's configuration or the chain does not fit.
     """
+    config = settled(config)
     family = empty_family(
         folder,
         precision=config.precision,
