@@ -27,6 +27,7 @@ from shortft.drawing.curves import draw_curves
 from shortft.evaluate import draw_before_after, evaluate
 from shortft.families import load_family
 from shortft.metrics import picture_statistics
+from shortft.precision import settled
 from shortft.recipes import recipe
 from shortft.rewards import make_reward
 from shortft.rewards.clip import ClipReward
@@ -79,7 +80,7 @@ def run(root: Path, name: str, change: dict[str, Any], args: argparse.Namespace)
     draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=name)
     log = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in log if "reward" in row]
-    family = load_family(EMBEDDED, precision="bf16")
+    family = load_family(EMBEDDED, precision=settled(config).precision)
     prompts = prompts_for(EMBEDDED, "held_out")[: args.prompts]
     reward = make_reward("symmetry", None, family.device)
     figures, pictures = evaluate(family, adapter, reward, prompts, seeds=2)

@@ -21,6 +21,7 @@ from shortft.compare import CLAIM, RESULT, Job, Workshop, claim, slug
 from shortft.comparison import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
 from shortft.errors import UserError
+from shortft.preflight import machine
 from tiny import save_tiny
 
 PROMPTS = [f"thing {i}" for i in range(30)]
@@ -152,6 +153,23 @@ def test_other_settings_in_the_same_folder_are_refused(base):
         workshop(base, Comparison(**{**vars(SPEC), "minutes": 0.7}))
     with pytest.raises(UserError, match=r"another rank \(2, not 3\)"):
         Workshop(base.output_dir, SPEC, base.model_copy(update={"rank": 3})).prepare()
+
+
+def test_a_folder_keeps_its_number_format_on_other_machines(
+    base: Config, monkeypatch: pytest.MonkeyPatch
+):
+    """What began in one format goes on in it, given as auto or named by an older recipe."""
+    auto = base.model_copy(update={"precision": "auto"})
+    for first, then in ((False, True), (True, False)):
+        root = base.output_dir / str(first)
+        for knows in (first, then):
+            cpu = machine.Device("cpu", "CPU, 2 cores", 2**34, bf16=knows)
+            monkeypatch.setattr(machine, "devices", lambda cpu=cpu: [cpu])
+            shop = Workshop(root, SPEC, auto)
+            shop.prepare()
+            expected = "bf16" if first else "fp32"
+            assert shop.base.precision == expected
+            assert all(shop.config(job).precision == expected for job in shop.jobs())
 
 
 def test_what_runs_bring_themselves_may_change_in_the_base(base):

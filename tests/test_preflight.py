@@ -21,7 +21,6 @@ from shortft.cost import Call, Cost
 from shortft.families import load_family
 from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
-from shortft.precision import settled
 from shortft.preflight import dry_run, machine
 from shortft.preflight.estimate import estimate
 from shortft.preflight.outline import encoder_parameters, parameters
@@ -356,16 +355,20 @@ def test_places_of_a_local_model_need_no_download(model: Path, shortcut: Path):
     assert all(place.download_gb == 0 for place in needed(config))
 
 
-def test_bf16_needs_a_device_that_knows_it(monkeypatch: pytest.MonkeyPatch):
-    old = machine.Device("cuda", "an old GPU", 24 * 2**30, bf16=False)
-    monkeypatch.setattr(machine, "devices", lambda: [old])
-    config = load_config(None, {**recipe("emoji"), "precision": "bf16"})
-    found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
-    assert "--precision fp32" in (dry_run.check_memory(config, found, old).problem or "")
-    assert torch.get_default_dtype() == torch.float32
-    auto = settled(load_config(None, recipe("emoji")))
-    assert auto.precision == "fp32"
-    assert dry_run.check_memory(auto, found, old).problem is None
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_dry_run_warns_of_a_format_that_is_imitated(
+    knows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    cpu = machine.Device("cpu", "a CPU", 24 * 2**30, bf16=knows)
+    monkeypatch.setattr(machine, "devices", lambda: [cpu])
+    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e9)
+    for precision, warned in (("bf16", not knows), ("fp32", False), ("auto", False)):
+        own = {"precision": precision, "output_dir": str(tmp_path / "run")}
+        dry_run.dry_run(load_config(None, {**recipe("emoji"), **own}))
+        told = " ".join(capsys.readouterr().err.split())
+        assert ("a CPU does not compute in it" in told) == warned
+        name = precision if precision != "auto" else "bf16" if knows else "fp32"
+        assert f"(a CPU), {name}" in told
 
 
 def test_the_machine_in_words_names_its_devices(monkeypatch: pytest.MonkeyPatch):

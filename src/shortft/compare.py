@@ -28,6 +28,7 @@ from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
 from shortft.methods.catalog import METHODS, has_own_rate, variant_settings
+from shortft.precision import settled
 
 if TYPE_CHECKING:
     from shortft.evaluate import Pictures
@@ -60,7 +61,9 @@ class Workshop:
     """A comparison's folder: its prompts, its runs, and what is still to do."""
 
     def __init__(self, root: Path, comparison: Comparison, base: Config) -> None:
-        self.root, self.comparison, self.base = root, comparison, base
+        self.root, self.comparison, self.kept = root, comparison, root / "compare.json"
+        # Runs and pictures of one folder are of one number format, on whichever machine.
+        self.base = settled(base, self._found().get("base", {}).get("precision"))
         self.configs = {  # every mistake is told before any run
             (reward, method): self._config(reward, method)
             for reward in dict.fromkeys((*comparison.rewards, *comparison.searched_rewards))
@@ -80,9 +83,8 @@ class Workshop:
         if self.comparison.search or all(map(has_own_rate, self.comparison.methods)):
             own.add("learning_rate")
         wanted["base"] = self.base.model_dump(mode="json", exclude=own)
-        kept = self.root / "compare.json"
-        if kept.exists():
-            found = json.loads(kept.read_text(encoding="utf-8"))
+        found = self._found()
+        if found:
             # A setting that is younger than the folder had its default value there.
             then = {**Config().model_dump(mode="json"), **found.get("base", {})}
             before = {**found, **{name: then[name] for name in wanted["base"]}}
@@ -104,7 +106,14 @@ class Workshop:
         self._write_prompts("train", [p for i, p in enumerate(listed) if i % 10])
         held_out = self.held_out_prompts()
         self._write_prompts("held_out", held_out)
-        write_atomic(kept, (json.dumps(wanted, indent=2) + "\n").encode())
+        write_atomic(self.kept, (json.dumps(wanted, indent=2) + "\n").encode())
+
+    def _found(self) -> dict[str, Any]:
+        """What the folder holds a comparison of; nothing where it holds none."""
+        if not self.kept.exists():
+            return {}
+        found: dict[str, Any] = json.loads(self.kept.read_text(encoding="utf-8"))
+        return found
 
     def held_out_prompts(self) -> list[str]:
         """Evenly spaced prompts of the model's held-out list, which no run trains on."""
@@ -342,11 +351,10 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
     from shortft.drawing.curves import read_metrics
     from shortft.evaluate import base_pictures, evaluate
     from shortft.families import load_family
-    from shortft.precision import settled
     from shortft.preflight import machine
     from shortft.rewards import make_reward
 
-    base = settled(workshop.base)
+    base = workshop.base
     spec = workshop.comparison
     family = load_family(
         base.model,

@@ -189,6 +189,7 @@ def distill_command(
     card: dict[str, Any] = {
         "model": model,
         "resolution": family.resolution,
+        "precision": precision,
         "kind": kind,
         "minutes": minutes,
         "updates": distiller.updates,

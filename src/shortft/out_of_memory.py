@@ -11,6 +11,7 @@ from shortft.assets import EMBEDDED
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.launcher import processes
+from shortft.preflight.machine import devices
 from shortft.rewards.places import reward_places
 from shortft.rewards.spec import scorers
 
@@ -33,7 +34,7 @@ def savings(config: Config) -> dict[str, str]:
         ways["--guidance-grad positive"] = "half of each call"
     if config.accumulation < parts:
         ways[f"--accumulation {parts}"] = "pictures one by one, same updates"
-    if config.precision == "fp32":
+    if config.precision == "fp32" and devices()[0].bf16:
         ways["--precision bf16"] = "half"
     if processes() > 1 and not (config.shard or config.merge or config.split_on_out_of_memory):
         ways["--shard"] = "each process keeps a part of the denoiser's weights"

@@ -32,5 +32,5 @@ def emulated(config: Config) -> str | None:
         return None
     return (
         f"--precision bf16: {device.name} does not compute in it, but imitates it, which can be "
-        "many times slower; give --precision fp32"
+        "many times slower; give --precision fp32 (and --allow-change to a run that goes on)"
     )

@@ -255,6 +255,7 @@ def run_updates(
 
 
 # What may differ on resume: where and how a run is watched, and what memory it takes.
+SAVED = "--resume: the checkpoint's configuration"
 FREE = {
     "encode_ahead",
     "prompts",  # compared by content, as is the shortcut
@@ -285,7 +286,6 @@ FREE = {
     "keep_checkpoints",
 }
 # What the saved weights depend on.
-SAVED = "--resume: the checkpoint's configuration"
 FIXED = {"model", "resolution", "method", "segments", "timestep_lora", "rank"}
 
 

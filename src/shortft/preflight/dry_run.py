@@ -61,6 +61,9 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
         found = estimate(config, folder, gpu=device.kind == "cuda", speed=speed)
         checks += [check_memory(config, found, device), check_disk(config, found)]
         draw(console, config, found)
+    slow = emulated(config)
+    if slow:
+        checks.append(Check("warning", slow))
     show(console, checks)
     for check in checks:
         if check.problem is not None:
@@ -144,8 +147,6 @@ def check_memory(config: Config, found: Estimate, device: machine.Device) -> Che
     )
     if device.free is not None:
         text += f"; {memory_text(device.free)} free now"
-    if emulated(config):
-        return Check("memory", text, emulated(config))
     if found.peak <= device.total:
         if device.free is None or found.peak <= device.free:
             return Check("memory", text)
