@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from shortft.families.sharding import ShardedLinear
 from shortft.launcher import as_launched, check_split
 from shortft.out_of_memory import savings
 from shortft.preflight.dry_run import dry_run
+from shortft.preflight.machine import Device
 from shortft.train import train
 from shortft.trainer import Trainer
 from test_train import weights, weights_of
@@ -216,6 +218,12 @@ def test_what_saves_memory_is_what_the_settings_take(settings, monkeypatch):
     assert not of_gpus & savings(scored).keys()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        gpu = Device("cuda", "a GPU", 2**34, bf16=True)
+        patch.setattr("shortft.out_of_memory.devices", lambda: [gpu])
+        assert "--precision bf16" in savings(config)
+        old = dataclasses.replace(gpu, bf16=False)
+        patch.setattr("shortft.out_of_memory.devices", lambda: [old])
+        assert "--precision bf16" not in savings(config)
         assert of_gpus <= savings(scored).keys()
         assert "--reward-device offload" not in savings(config)  # symmetry has no model
     check_split(config.model_copy(update={"accumulation": 4}), 2)
