@@ -156,7 +156,7 @@ def test_train_passes_its_settings_on(calls: list[tuple[tuple[Any, ...], dict[st
 @pytest.mark.parametrize(
     ("given", "updates", "minutes"),
     [
-        ("", 250, 3.0),
+        ("", 250, 2.0),
         ("--minutes 5", None, 5.0),
         ("--updates 9", 9, None),
         ("--updates 9 --minutes 2", 9, 2.0),
