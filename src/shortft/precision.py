@@ -17,7 +17,7 @@ def settled(config: Config, before: object = None) -> Config:
     """The configuration with a format in place of ``auto``; others as they are.
 
     Args:
-        before: the format of the run that is resumed, which stays what it was.
+        before: the format of the run, or comparison, that goes on; it stays what it was.
     """
     if config.precision != "auto":
         return config

@@ -254,8 +254,8 @@ def run_updates(
         look_if_due()
 
 
-# What may differ on resume: where and how a run is watched, and what memory it takes.
 SAVED = "--resume: the checkpoint's configuration"
+# What may differ on resume: where and how a run is watched, and what memory it takes.
 FREE = {
     "encode_ahead",
     "prompts",  # compared by content, as is the shortcut
