@@ -30,6 +30,7 @@ from shortft.inputs import (
     check_output_dir,
     check_place,
     check_reward,
+    parse_yaml,
     read_prompts,
     read_text,
 )
@@ -444,7 +445,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
     Raises:
         UserError: the file is missing, not UTF-8, not YAML or not a mapping, or a value is wrong.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {} if path is None else parse_yaml(read_text(path, ""), str(path))
     return Config.model_validate({**values, **(overrides or {})})
 
 
@@ -456,38 +457,6 @@ def to_yaml(config: Config) -> str:
 def option_name(field: str) -> str:
     """The command-line spelling of a field: ``batch_size`` is ``--batch-size``."""
     return "--" + field.replace("_", "-")
-
-
-def _read_yaml(path: Path) -> dict[str, object]:
-    return parse_yaml(read_text(path, ""), str(path))
-
-
-def parse_yaml(text: str, name: str) -> dict[str, object]:
-    """Settings by name; nothing in the text is run, whatever its tags say.
-
-    Raises:
-        UserError: not YAML, not a mapping, or more than lists and mappings of plain values.
-    """
-    try:
-        values = yaml.safe_load(text)
-    except RecursionError:
-        raise UserError(f"{name}: not valid YAML: too many brackets") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise UserError(f"{name}: not valid YAML{place}: {problem}") from None
-    if values is None:  # an empty file, or comments only
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: not a mapping; write one setting a line, such as 'rank: 32'")
-    several = (dict, list, set, tuple)
-    for key, value in values.items():
-        # Aliases of aliases would make the message about them endless.
-        inside = value.values() if isinstance(value, dict) else value
-        if isinstance(value, several) and any(isinstance(part, several) for part in inside):
-            raise UserError(f"{name}: {str(key)[:80]!r} is nested; write plain values")
-    return values
 
 
 def _check_keys(names: Iterable[object], known: Iterable[str]) -> None:

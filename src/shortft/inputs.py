@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 from shortft.errors import UserError
 from shortft.paths import expand, is_dir, is_file
 from shortft.rewards.spec import parse_reward_spec
@@ -56,6 +58,34 @@ def read_text(path: Path, option: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name!r:.300}: cannot be read ({reason}); give a text file") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, object]:
+    """Settings by name; nothing in the text is run, whatever its tags say.
+
+    Raises:
+        UserError: not YAML, not a mapping, or more than lists and mappings of plain values.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML: too many brackets") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{name}: not valid YAML{place}: {problem}") from None
+    if values is None:  # an empty file, or comments only
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: not a mapping; write one setting a line, such as 'rank: 32'")
+    several = (dict, list, set, tuple)
+    for key, value in values.items():
+        # Aliases of aliases would make the message about them endless.
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(value, several) and any(isinstance(part, several) for part in inside):
+            raise UserError(f"{name}: {str(key)[:80]!r} is nested; write plain values")
+    return values
 
 
 def check_model_source(option: str, value: str, embedded: str) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shortft.adapter import AdapterInfo, copy_state, save_adapter, usual_cut
 from shortft.checkpoint import Checkpoint, save_checkpoint
-from shortft.config import parse_yaml, to_yaml
+from shortft.config import to_yaml
 from shortft.errors import UserError
+from shortft.inputs import parse_yaml
 from shortft.methods import METHODS
 from shortft.optimizers import set_state, state_of
 from shortft.trainer import Trainer

@@ -12,13 +12,14 @@ import torch
 
 from shortft import kept
 from shortft.checkpoint import load_latest, names_in
-from shortft.config import Config, option_name, parse_yaml, to_yaml
+from shortft.config import Config, option_name, to_yaml
 from shortft.confined import RUN, refuse_links
 from shortft.drawing.curves import draw_curves
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
 from shortft.errors import Stopped, Torn, UserError
 from shortft.faithful import require_faithful
+from shortft.inputs import parse_yaml
 from shortft.interrupts import Interrupts
 from shortft.launcher import as_launched
 from shortft.lock import only_one
