@@ -100,6 +100,14 @@ MISTAKES = [
     ({"shortcut": "hyper-sd15"}, "did you mean 'hyper-sd15-"),
     ({"shortcut_scale": 0}, "--shortcut-scale 0: must be greater than 0"),
     ({"shortcut": ""}, "--shortcut '': no such file"),
+    (
+        {"shortcut": "none", "method_options": "jump=shortcut"},
+        "--method-options jump=shortcut: --shortcut none leaves no shortcut to jump by",
+    ),
+    (
+        {"shortcut": "none", "method": "jumps", "method_options": "jump=half"},
+        "--method-options jump=half: --shortcut none leaves no shortcut to jump by",
+    ),
     ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: no such file"),
     ({"prompts": 3}, "--prompts 3: "),
     ({"output_dir": __file__}, "is a file; give a directory"),

@@ -282,12 +282,12 @@ def thinned(toy: Toy, *, points: Sequence[int]) -> Result:
     return x, toy.scores(x).sum()
 
 
-def jumps(toy: Toy, *, net: str, pin: bool) -> Result:
+def jumps(toy: Toy, *, nets: Sequence[str], pin: bool) -> Result:
     """From each segment's start to the next one's in one call, one LoRA at all of them."""
     rollout = toy.rollout()
     first_of = {"epsilon": [0, 2, 5, 9, N], "flow": [0, 3, 6, 9, N]}[toy.kind]
     x = toy.noise
-    for i, j in itertools.pairwise(first_of):
+    for net, (i, j) in zip(nets, itertools.pairwise(first_of), strict=True):
         x = toy.jump(x, toy.f(net, x, i), i, j)
         x = straight_through(x, rollout[j]) if pin else x
     return x, toy.scores(x).sum()
@@ -346,8 +346,9 @@ def choices_of(method: str, plan: Plan, options: Choices) -> Choices:
     if method in ("full", "tune_shortcut"):
         return {}
     if method == "jumps":
-        net = "policy" if options["jump"] == "ddim" else "tuned"
-        return {"net": net, "pin": options["pin"]}
+        early = "policy" if options["jump"] == "ddim" else "tuned"
+        late = "policy" if options["jump"] in ("ddim", "half") else "tuned"
+        return {"nets": (early, early, late, late), "pin": options["pin"]}
     if method == "thinned":
         return {"points": train}
     if method == "alignprop":
@@ -405,6 +406,8 @@ CASES: list[tuple[str, Choices]] = [
     ("jumps", {"pin": True}),
     ("jumps", {"jump": "ddim"}),
     ("jumps", {"jump": "ddim", "pin": True}),
+    ("jumps", {"jump": "half"}),
+    ("jumps", {"jump": "half", "pin": True}),
     ("thinned", {}),
     ("thinned", {"calls": 1}),
     ("thinned", {"calls": N}),
@@ -758,6 +761,14 @@ def test_one_lora_everywhere_jumps_along(jump: str):
     else:
         assert [(s.start, s.stop) for s in plan.steps] == [(s.start, s.stop) for s in few.steps]
         assert {s.net for s in plan.steps} == {"policy"}
+
+
+@pytest.mark.parametrize(("k", "by_shortcut"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_half_of_the_jumps_are_the_bases_own(k: int, by_shortcut: int):
+    options = read_options("jumps", {"jump": "half"})
+    plan = make_plan("jumps", Toy("flow").schedule, k, 1, torch.Generator(), options)
+    nets = ["shortcut"] * by_shortcut + ["policy"] * (k - by_shortcut)
+    assert [s.net for s in plan.steps] == nets
 
 
 @pytest.mark.parametrize("jump", ["ddim_2", "dpm_2"])

@@ -420,7 +420,13 @@ class Config(BaseModel):
                 f"--shortcut none: --method {self.method} tunes the few-step model; name its LoRA, "
                 "or 'plain' for the base itself in as many steps"
             )
-        object.__setattr__(self, "method_options", read_options(self.method, self.method_options))
+        options = read_options(self.method, self.method_options)
+        if self.shortcut == "none" and options.get("jump") in ("shortcut", "half"):
+            raise UserError(
+                f"--method-options jump={options['jump']}: --shortcut none leaves no shortcut to "
+                "jump by; name one, or use jump=ddim"
+            )
+        object.__setattr__(self, "method_options", options)
         return self
 
     def _check_stage_shares(self) -> None:

@@ -123,9 +123,10 @@ METHODS: dict[str, Method] = {
         {
             "jump": Option(
                 "auto",
-                "by the shortcut LoRA, or without training by a DDIM step of the base; auto = the "
-                "shortcut if one is given, else ddim",
-                choices=("auto", "shortcut", "ddim"),
+                "by the shortcut LoRA, or without training by a DDIM step of the base; half = over "
+                "the first half of the segments by the shortcut, over the others by a DDIM step; "
+                "auto = the shortcut if one is given, else ddim",
+                choices=("auto", "shortcut", "ddim", "half"),
             ),
             "pin": PIN,
         },

@@ -75,7 +75,15 @@ def jumps_plan(schedule: Schedule, k: int, *, jump: str, pin: bool) -> Plan:
     """One LoRA at every timestep, trained through one jump per segment: k calls, all with gradient.
 
     Stage 1 of ShortFT with its first segment jumped over too, and no LoRA steps.
+
+    Args:
+        jump: "shortcut", "ddim", or "half": the first half of the segments, k - k // 2 of them, by
+            the shortcut, the others by a DDIM step each.
     """
+    if jump == "half":
+        early, late = (jumps_plan(schedule, k, jump=j, pin=pin) for j in ("shortcut", "ddim"))
+        half = k - k // 2
+        return replace(early, steps=early.steps[:half] + late.steps[half:])
     return shortft_plan(
         schedule, k, 1, placement="everywhere", jump=jump, pin=pin, first_by_shortcut=True
     )
