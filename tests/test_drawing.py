@@ -19,7 +19,7 @@ from shortft.drawing import curves, grids, plan_picture
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress, clock_text, memory_text, summary_table
 from shortft.drawing.text import load_font, wrap
-from shortft.methods.shortft import shortft_plan
+from shortft.methods.shortft import jumps_plan, shortft_plan
 from shortft.plans import Plan, Step
 from shortft.schedule import alphas_cumprod, ddim_schedule, segments
 
@@ -284,6 +284,15 @@ def test_plan_text_counts_and_glyphs(stage: int, calls: int, grad_calls: int) ->
     assert chain.count("S") == chain.count("▶") == 4 - stage
     assert text.count("▲") == 4 - stage + 1
     assert "…" not in text  # nothing is cut
+
+
+def test_plan_text_tells_jumps_by_the_shortcut_from_the_policys_without_colour() -> None:
+    plan = jumps_plan(SCHEDULE, 4, jump="half", pin=False)
+    text = shown(plan_picture.plan_text(plan, TIMES, SEGMENTS))
+    chain = [line.split()[4] for line in text.splitlines() if "→" in line]
+    assert [jump.rstrip("─▶") for jump in chain] == ["S1", "S1", "1", "1"]
+    assert "S1─▶ shortcut jump with" in text
+    assert "S1─▶" not in shown(plan_picture.plan_text(STAGES[0][1], TIMES, SEGMENTS))
 
 
 def test_plan_text_marks_where_the_gradient_flows() -> None:

@@ -67,10 +67,13 @@ def plan_text(
     pinned = any(s.pin for s in steps if s.net == "shortcut")
     cached = any(s.net == "cached" for s in steps)
     leaps = any(s.net == "policy" and s.stop > s.start + 1 for s in steps)
-    return Group(*parts, legend_text(pinned, cached, leaps)) if legend else Group(*parts)
+    carrying = any(s.net == "shortcut" and s.adapters for s in steps)
+    return Group(*parts, legend_text(pinned, cached, leaps, carrying)) if legend else Group(*parts)
 
 
-def legend_text(pinned: bool = False, cached: bool = False, leaps: bool = False) -> RenderableType:
+def legend_text(
+    pinned: bool = False, cached: bool = False, leaps: bool = False, carrying: bool = False
+) -> RenderableType:
     """What the glyphs mean."""
     text = Text.assemble(
         (BASE, STYLE["base"]),
@@ -88,6 +91,9 @@ def legend_text(pinned: bool = False, cached: bool = False, leaps: bool = False)
     )
     if leaps:
         text.append("\n").append(f"1{RAIL}{HEAD}", STYLE["policy"]).append(" jump of the policy")
+    if carrying:
+        text.append("\n").append(f"{JUMP}1{RAIL}{HEAD}", STYLE["shortcut"])
+        text.append(" shortcut jump with that many stacked LoRAs")
     if pinned:
         text.append("\n").append(PINNED, STYLE["shortcut"])
         text.append(" shortcut jump that keeps the rollout's values, for its gradient only")
@@ -126,6 +132,9 @@ def _draw(plan: PlanLike, points: range, cell: int) -> tuple[Text, Text]:
         if long:
             put(chain, last - 1, HEAD, rail)
         put(chain, first, glyph, style)
+        if step.net == "shortcut" and step.adapters and last - first > 2:
+            put(chain, first, JUMP, STYLE["shortcut"])
+            put(chain, first + 1, glyph, style)
         if carries:
             through = FULL if step.input_grad >= 1 else PARTIAL if step.input_grad > 0 else " "
             for at in range(first, last):
