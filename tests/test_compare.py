@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shortft import __version__, compare, compare_charts, compare_figures, compare_report
+from shortft import __version__
 from shortft.cli import main
-from shortft.compare import CLAIM, RESULT, Job, Workshop, claim, slug
-from shortft.comparison import BUDGETS, Comparison, comparison_from
+from shortft.compare import charts, figures, report
+from shortft.compare import runs as compare_runs
+from shortft.compare.jobs import RESULT, Job, Workshop, read_result, slug
+from shortft.compare.runs import CLAIM, claim
+from shortft.compare.spec import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
 from shortft.errors import UserError
 from shortft.preflight import machine
@@ -96,7 +99,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         }
         (job.folder / RESULT).write_text(json.dumps(result))
 
-    monkeypatch.setattr(compare, "run_job", run)
+    monkeypatch.setattr(compare_runs, "run_job", run)
     return order
 
 
@@ -108,7 +111,7 @@ def workshop(base: Config, spec: Comparison = SPEC) -> Workshop:
 
 def test_search_first_then_every_method_reward_and_seed_with_the_best_rate(base, trained):
     shop = workshop(base)
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     assert shop.finished()
     trials, runs = trained[:6], trained[6:]
     assert all(job.search and job.minutes == SPEC.search_minutes for job in trials)
@@ -119,10 +122,10 @@ def test_search_first_then_every_method_reward_and_seed_with_the_best_rate(base,
     assert {j.learning_rate for j in runs} == {1e-2}
     # Nothing is done twice.
     trained.clear()
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     assert trained == []
     (runs[0].folder / RESULT).unlink()
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     assert trained == [runs[0]]
 
 
@@ -202,10 +205,12 @@ def test_a_setting_that_is_younger_than_the_folder_had_its_default(base):
 
 
 def test_a_comparison_may_grow(base, trained):
-    compare.run_all(workshop(base), pretended, lambda _: None)
+    compare_runs.run_all(workshop(base), pretended, lambda _: None)
     trained.clear()
     grown = Comparison(**{**vars(SPEC), "methods": (*SPEC.methods, "drtune"), "seeds": 3})
-    compare.run_all(workshop(base, grown), lambda j, c: pretended(as_refl(j), c), lambda _: None)
+    compare_runs.run_all(
+        workshop(base, grown), lambda j, c: pretended(as_refl(j), c), lambda _: None
+    )
     runs = {(job.method, job.seed) for job in trained if not job.search}
     old = {(method, 2) for method in SPEC.methods}
     assert runs == old | {("drtune", seed) for seed in range(3)}
@@ -269,13 +274,13 @@ def test_a_claim_holds_while_its_process_lives(tmp_path: Path):
 
 def test_report(base, trained):
     shop = workshop(base)
-    compare.run_all(shop, pretended, lambda _: None)
-    paths = compare_report.write_report(shop)
+    compare_runs.run_all(shop, pretended, lambda _: None)
+    paths = report.write_report(shop)
     assert all(path.stat().st_size for path in paths)
     text = (shop.root / "results.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith(("| 1 ", "| 2 ", "| 3 "))]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    rows = [dict(zip(compare_report.HEADER, line, strict=True)) for line in cells]
+    rows = [dict(zip(report.HEADER, line, strict=True)) for line in cells]
     assert [row["method"] for row in rows] == ["shortft", "refl", "draft_k"]  # by gain
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
     # Gains over two seeds: 0.30 and 0.31, 0.20 and 0.21, 0.10 and 0.11.
@@ -299,12 +304,12 @@ def test_report(base, trained):
 def test_the_report_tells_how_it_was_made_without_secrets():
     runs = [{"made_by": "torch 1; a CPU"}, {"made_by": "torch 1; a CPU"}, {"made_by": "torch 2"}]
     command = "shortft compare --pipeline https://me:password@host/model"
-    told = compare_report.how_made({("clip", "refl"): runs}, command)
+    told = report.how_made({("clip", "refl"): runs}, command)
     assert told[2:5] == ["```sh", "shortft compare --pipeline https://host/model", "```"]
     assert told[6:8] == ["- 2 runs: torch 1; a CPU.", "- 1 runs: torch 2."]
 
 
-def results_of(gains: dict[str, dict[str, list[float]]]) -> compare_figures.Results:
+def results_of(gains: dict[str, dict[str, list[float]]]) -> figures.Results:
     """Results from gains by reward, method and seed; curves rise evenly over 100 s."""
     return {
         (reward, method): [
@@ -333,7 +338,7 @@ def test_pictures_leave_out_rates_where_names_stay_apart():
     )
     shown = ["refl", "draft_k", "thinned:calls=4,late=2", "alignprop:longest=0.5"]
     shown += ["tune_shortcut", "tune_shortcut on the plain chain", *methods[6:]]
-    assert list(compare_figures.names_shown(methods).values()) == shown
+    assert list(figures.names_shown(methods).values()) == shown
 
 
 def test_figures_over_several_rewards_are_those_computed_by_hand():
@@ -343,23 +348,23 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
             "symmetry": {"shortft": [4, 6, 5], "draft_k": [1, 1, 1], "refl": [2, 1, 9]},
         }
     )
-    assert compare_figures.by_gain(results, "clip") == ["shortft", "draft_k", "refl"]
-    assert compare_figures.by_gain(results, "symmetry") == ["shortft", "refl", "draft_k"]
+    assert figures.by_gain(results, "clip") == ["shortft", "draft_k", "refl"]
+    assert figures.by_gain(results, "symmetry") == ["shortft", "refl", "draft_k"]
     # Medians: 0.3 over 0.2, and 5 over 2; DRaFT-K 1, and 1 over 2; ReFL 0.1 over 0.2, and 1.
     for method, ratios in {"shortft": (1.5, 2.5), "draft_k": (1, 0.5), "refl": (0.5, 1)}.items():
-        found = [compare_figures.gain_ratio(results, r, method) for r in ("clip", "symmetry")]
+        found = [figures.gain_ratio(results, r, method) for r in ("clip", "symmetry")]
         assert found == pytest.approx(ratios)
-        mean = compare_figures.mean_gain_ratio(results, ("clip", "symmetry"), method)
+        mean = figures.mean_gain_ratio(results, ("clip", "symmetry"), method)
         assert mean == pytest.approx(sum(ratios) / 2)
     # The rival's median curve ends at 2.2; ours rises by 0.3 in 100 s.
-    level = compare_figures.final_reward_of_best_rival(results, "clip")
+    level = figures.final_reward_of_best_rival(results, "clip")
     assert level == pytest.approx(2.2)
     ours = results["clip", "shortft"]
-    assert compare_figures.seconds_to_reach(ours, level) == pytest.approx(100 * 0.2 / 0.3)
-    text = "\n".join(compare_report.overall(results, ["clip", "symmetry"]))
+    assert figures.seconds_to_reach(ours, level) == pytest.approx(100 * 0.2 / 0.3)
+    text = "\n".join(report.overall(results, ["clip", "symmetry"]))
     assert "| shortft | 2.00 | 1.50 (1) | 2.50 (1) |" in text
     assert "| refl | 0.75 | 0.50 (3) | 1.00 (2) |" in text
-    verdict = compare_report.verdict(results, "clip")[0]
+    verdict = report.verdict(results, "clip")[0]
     assert "draft_k: gain ratio 1.50; ranges over seeds overlap" in verdict
     assert verdict.endswith("its final reward: 67 s (67 %).")
 
@@ -379,15 +384,15 @@ def test_rates_at_the_edge_of_the_search_are_told(base, trained):
     methods = ("shortft", "refl")
     spec = Comparison(methods, ("symmetry",), seeds=1, search=(1e-3, 1e-2), num_prompts=6)
     shop = workshop(base, spec)
-    compare.run_all(shop, pretended, lambda _: None)
-    (line,) = compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry")
+    compare_runs.run_all(shop, pretended, lambda _: None)
+    (line,) = report.at_the_edge(shop, figures.collect(shop), "symmetry")
     assert line.endswith("may do more: shortft (0.01), refl (0.01).")
     spec = Comparison(methods, ("symmetry",), seeds=1, search=(1e-3, 1e-2, 1e-1), num_prompts=6)
     shop = workshop(base.model_copy(update={"output_dir": base.output_dir / "wide"}), spec)
-    compare.run_all(shop, pretended, lambda _: None)
-    assert compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry") == []
+    compare_runs.run_all(shop, pretended, lambda _: None)
+    assert report.at_the_edge(shop, figures.collect(shop), "symmetry") == []
     shop = Workshop(base.output_dir, Comparison(methods, ("symmetry",)), base)  # without a search
-    assert compare_report.at_the_edge(shop, compare_figures.collect(shop), "symmetry") == []
+    assert report.at_the_edge(shop, figures.collect(shop), "symmetry") == []
 
 
 @pytest.mark.parametrize(
@@ -405,7 +410,7 @@ def test_a_search_goes_on_beyond_its_edge(base, trained, search, further, rates,
     )
     shop = workshop(base, spec)
     assert shop.learning_rate("symmetry", "refl") is None
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     for method in spec.methods:
         assert sorted(tried(trained, method)) == sorted(rates)
         assert shop.learning_rate("symmetry", method) == best
@@ -422,7 +427,7 @@ def test_one_reward_may_find_the_rates_of_all(base, trained):
         search_reward="incompressibility",
         num_prompts=6,
     )
-    compare.run_all(workshop(base, spec), pretended, lambda _: None)
+    compare_runs.run_all(workshop(base, spec), pretended, lambda _: None)
     trials = [job for job in trained if job.search]
     assert {job.reward for job in trials} == {"incompressibility"}
     assert len(trials) == spec.trials() == 4
@@ -436,7 +441,7 @@ def test_a_method_may_bring_its_own_rate(base, trained):
     methods = ("refl:learning_rate=3e-3", "refl", "draft_k:k=2,learning_rate=0.2")
     spec = Comparison(methods, ("symmetry",), 1, search=(1e-3, 1e-2), num_prompts=6)
     shop = workshop(base, spec)
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     trials = [job for job in trained if job.search]
     assert {job.method for job in trials} == {"refl"}
     assert len(trials) == spec.trials() == 2
@@ -452,7 +457,7 @@ def test_a_method_may_bring_settings_of_its_own(base, trained):
     methods = ("refl:batch_size=6,guidance_grad=positive", "refl")
     spec = Comparison(methods, ("symmetry",), 1, search=(1e-3, 1e-2), num_prompts=6)
     shop = workshop(base, spec)
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     assert {job.method for job in trained if job.search} == set(methods)
     configs = {job.method: shop.config(job) for job in trained}
     found = [(configs[method].batch_size, configs[method].guidance_grad) for method in methods]
@@ -490,19 +495,21 @@ def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatc
         stdout.write(words if rate > 1e-2 else "")
         return type("Done", (), {"returncode": 2 if rate > 1e-2 else 0})
 
-    monkeypatch.setattr(compare.subprocess, "run", train)
+    monkeypatch.setattr(compare_runs.subprocess, "run", train)
     methods, search = ("shortft", "refl"), (1e-3, 1e-2, 1e-1)
     shop = workshop(base, Comparison(methods, ("symmetry",), 1, search=search, num_prompts=6))
-    compare.run_all(shop, pretended, lambda _: None)
+    compare_runs.run_all(shop, pretended, lambda _: None)
     assert shop.learning_rate("symmetry", "refl") == 1e-2
     (failed,) = [t for t in shop.trials() if t.method == "refl" and t.learning_rate == 1e-1]
-    assert "10 updates in a row" in compare.read_result(failed)["failed"]
+    assert "10 updates in a row" in read_result(failed)["failed"]
     job = next(job for job in shop.jobs() if not job.search)
     with pytest.raises(UserError, match="training failed"):
-        compare.run_job(shop.config(dataclasses.replace(job, learning_rate=1.0)), job, pretended)
+        compare_runs.run_job(
+            shop.config(dataclasses.replace(job, learning_rate=1.0)), job, pretended
+        )
 
 
-def scored(gains: dict[str, list[tuple[float, float]]]) -> compare_figures.Results:
+def scored(gains: dict[str, list[tuple[float, float]]]) -> figures.Results:
     """Results of one reward from (reward, held-out score) of every seed, from (1, 0.8)."""
     return {
         ("clip", method): [
@@ -527,23 +534,23 @@ def test_the_front_holds_what_nothing_beats_in_both():
             "drtune": [(1.2, 0.75)],  # as much reward as shortft, less of the other
         }
     )
-    assert compare_figures.front(results, "clip") == ["refl", "alignprop", "shortft"]
-    (line,) = compare_report.kept(results, "clip")
+    assert figures.front(results, "clip") == ["refl", "alignprop", "shortft"]
+    (line,) = report.kept(results, "clip")
     assert line.endswith("than: refl, alignprop, shortft.")
     unscored = {key: [{"reward": run["reward"]} for run in runs] for key, runs in results.items()}
-    assert compare_report.kept(unscored, "clip") == []
+    assert report.kept(unscored, "clip") == []
 
 
 def test_the_chart_shows_what_gains_are_paid_with(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("shortft.compare_charts.draw_lines", lambda path, *panels: panels)
+    monkeypatch.setattr("shortft.compare.charts.draw_lines", lambda path, *panels: panels)
     results = scored({"refl": [(2.0, 0.5), (3.0, 0.7), (4.0, 0.6)], "draft_k": [(1.5, 0.4)]})
-    (panel,) = compare_charts.draw_methods(results, "clip", tmp_path / "chart.png")
+    (panel,) = charts.draw_methods(results, "clip", tmp_path / "chart.png")
     ends = {line.label: (list(line.x), list(line.y)) for line in panel.lines}
     assert ends == {"base": ([0.8], [1.0]), "refl": ([0.6], [3.0]), "draft_k": ([0.4], [1.5])}
     assert ([0.6, 0.7], [3.0, 3.0]) in list(panel.lines[1].thin)  # from the median to a seed
     for run in results["clip", "refl"]:
         run["curve"] = [[0.0, 1.0], [10.0, run["reward"]["after"]]]
-    times, ends = compare_charts.draw_methods(results, "clip", tmp_path / "chart.png")
+    times, ends = charts.draw_methods(results, "clip", tmp_path / "chart.png")
     assert [line.label for line in times.lines] == ["refl"]
     assert times.x_label == "seconds of training"
     assert ends.x_label == "held-out scorer"
@@ -553,8 +560,8 @@ def test_our_own_methods_are_no_rivals():
     own = {"thinned:calls=4": [3.0], "jumps:shortcut=guided": [2.8], "shortft_segments": [2.5]}
     gains = {**own, "refl": [2.0]}
     results = results_of({"clip": gains})
-    assert compare_figures.best_rival(results, "clip")[0] == "refl"
-    (said,) = compare_report.verdict(results, "clip")
+    assert figures.best_rival(results, "clip")[0] == "refl"
+    (said,) = report.verdict(results, "clip")
     assert said.startswith("- thinned:calls=4 against the best rival, refl: gain ratio 1.50")
 
 
@@ -562,11 +569,11 @@ def test_ratios_that_mean_nothing_are_not_given():
     results = results_of(
         {"clip": {"shortft": [0.2], "refl": [-0.1]}, "symmetry": {"shortft": [1.0]}}
     )
-    assert compare_figures.gain_ratio(results, "clip", "shortft") is None  # it lost
-    assert compare_figures.gain_ratio(results, "symmetry", "shortft") is None  # none ran
-    text = "\n".join(compare_report.overall(results, ["clip", "symmetry"]))
+    assert figures.gain_ratio(results, "clip", "shortft") is None  # it lost
+    assert figures.gain_ratio(results, "symmetry", "shortft") is None  # none ran
+    text = "\n".join(report.overall(results, ["clip", "symmetry"]))
     assert "| refl | not defined | not defined (2) | did not run |" in text
-    assert compare_report.reached_text(results, "symmetry", "shortft") == "no rival ran"
+    assert report.reached_text(results, "symmetry", "shortft") == "no rival ran"
 
 
 def test_a_method_may_carry_options(base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ ALLOWED = {
     },
 }
 
+# The files of a comparison, each before those that may import it.
+COMPARE = ["spec", "jobs", "runs", "evaluation", "figures", "charts", "report", "command"]
+
 
 def imported(path: Path) -> set[str]:
     found = set()
@@ -67,6 +71,15 @@ def test_module_imports_only_what_lies_before_it(name: str):
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     for file in files:
         assert imported(file) - {name} <= ALLOWED[name], file
+
+
+def test_comparisons_import_one_way():
+    text = {file.stem: file.read_text() for file in (SOURCE / "compare").glob("*.py")}
+    assert set(text) == {"__init__", *COMPARE}
+    for i, name in enumerate(COMPARE):
+        found = set(re.findall(r"from shortft\.compare\.(\w+) import", text[name]))
+        assert found <= set(COMPARE[:i]), name
+    assert not imported(SOURCE / "compare" / "__init__.py")
 
 
 def test_nothing_before_the_trainer_knows_it():

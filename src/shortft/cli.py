@@ -441,8 +441,8 @@ def compare(
 
     Start the same command again to continue, or several times at once to share the work.
     """
-    from shortft.compare import compare_command
-    from shortft.comparison import comparison_from, parse_list, refuse_unused
+    from shortft.compare.command import compare_command
+    from shortft.compare.spec import comparison_from, parse_list, refuse_unused
 
     several = {"method": "--methods", "reward": "--rewards", "seed": "--seeds"}
     several["method_options"] = "--methods name:option=value"

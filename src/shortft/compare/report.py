@@ -1,4 +1,4 @@
-"""The report of a comparison: its tables, as Markdown and CSV; `compare_charts` draws."""
+"""The report of a comparison: its tables, as Markdown and CSV; `charts` draws."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
-from shortft.compare_figures import (
+from shortft.compare.charts import draw_grid, draw_methods
+from shortft.compare.figures import (
     PLAIN_CHAIN,
     Results,
     best_rival,
@@ -26,12 +26,10 @@ from shortft.compare_figures import (
     names_shown,
     seconds_to_reach,
 )
+from shortft.compare.jobs import Workshop, slug
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import memory_text
 from shortft.redact import without_secrets
-
-if TYPE_CHECKING:
-    from shortft.compare import Workshop
 
 HEADER = (
     "rank",
@@ -56,9 +54,6 @@ def write_report(workshop: Workshop, command: str = "") -> list[Path]:
     Args:
         command: what the user typed; it stands in the report.
     """
-    from shortft.compare import slug
-    from shortft.compare_charts import draw_grid, draw_methods
-
     results = collect(workshop)
     root, spec = workshop.root, workshop.comparison
     paths: list[Path | None] = [

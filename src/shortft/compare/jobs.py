@@ -1,43 +1,30 @@
-"""`shortft compare`: methods × rewards × seeds at equal training time, on the same prompts.
-
-Every run is an ordinary `shortft train` in a process of its own. A run is a folder; what is done
-is never done again, so that a comparison can be interrupted, continued, and shared by several
-processes that were started with the same command.
-"""
+"""What a comparison consists of: its runs and trials, each in a folder with settings of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortft.assets import prompts_for
-from shortft.comparison import Comparison
-from shortft.config import Config, load_config, to_yaml
+from shortft.compare.spec import Comparison
+from shortft.config import Config, load_config
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
-from shortft.methods.catalog import METHODS, has_own_rate, variant_settings
+from shortft.methods.catalog import has_own_rate, variant_settings
 from shortft.precision import settled
-
-if TYPE_CHECKING:
-    from shortft.evaluate import Pictures
 
 SEARCH_SEED = 1000
 # What every run brings itself, whatever the base says.
 OWN = {"method", "method_options", "reward", "seed", "minutes", "updates", "output_dir"}
 OWN |= {"sample_every", "sample_times", "sample_prompts", "sample_noises"}
-RESULT, CLAIM, LOG = "result.json", ".claim", "train.log"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -212,101 +199,6 @@ class Workshop:
         write_atomic(self.root / "prompts" / f"{name}.txt", ("\n".join(prompts) + "\n").encode())
 
 
-def run_all(
-    workshop: Workshop,
-    evaluate_run: Callable[[Job, Config], dict[str, Any]],
-    report: Callable[[str], None],
-) -> None:
-    """Do what is left of a comparison, together with other processes at it."""
-    waited = False
-    while not workshop.finished():
-        jobs = list(workshop.jobs())
-        left = [job for job in jobs if not job.done]
-        for job in left:
-            if claim(job.folder):
-                waited = False
-                try:
-                    if not job.done:
-                        kind = "trial" if job.search else f"seed {job.seed}"
-                        report(
-                            f"{job.reward}, {job.method}, {kind}, learning rate "
-                            f"{job.learning_rate:g}: {len(left)} runs left"
-                        )
-                        run_job(workshop.config(job), job, evaluate_run)
-                finally:
-                    (job.folder / CLAIM).unlink(missing_ok=True)
-                break
-        else:
-            if not waited:
-                report(f"waiting for {len(left)} runs of other processes")
-                waited = True
-            time.sleep(2)
-
-
-def run_job(
-    config: Config, job: Job, evaluate_run: Callable[[Job, Config], dict[str, Any]]
-) -> None:
-    """Train in a process of its own (its memory is measured), then evaluate.
-
-    Raises:
-        UserError: if the training failed; its last words are given.
-    """
-    settings = job.folder / "run.yaml"
-    write_atomic(settings, to_yaml(config).encode())
-    command = [sys.executable, "-m", "shortft", "train", str(settings), "--auto-resume"]
-    with (job.folder / LOG).open("a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        text = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
-        words = text.splitlines()[-1] if text else ""
-        if job.search and "updates in a row" in words:  # a rate too high to train with: the worst
-            failed = {"failed": words, "reward": {"before": None, "after": None}}
-            write_atomic(job.folder / RESULT, (json.dumps(failed, indent=2) + "\n").encode())
-            return
-        raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
-    result = {
-        **evaluate_run(job, config),
-        "reward_spec": job.reward,
-        "method": job.method,
-        "seed": job.seed,  # of the training; the evaluation has its own
-        "learning_rate": job.learning_rate,
-    }
-    write_atomic(job.folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-
-
-def claim(folder: Path) -> bool:
-    """Take a run for this process; False if another living process has it.
-
-    A claim of a process that is gone from this machine is taken over.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    own = f"{socket.gethostname()} {os.getpid()}"
-    for _ in range(2):
-        try:
-            with (folder / CLAIM).open("x") as file:
-                file.write(own)
-            return True
-        except FileExistsError:
-            try:
-                host, pid = (folder / CLAIM).read_text().split()
-            except (OSError, ValueError):
-                return False  # being written or being removed
-            if host != socket.gethostname() or _alive(int(pid)):
-                return False
-            (folder / CLAIM).unlink(missing_ok=True)
-    return False
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _best(trials: Sequence[Job]) -> float:
     """The rate of the trial with the largest reward; one that failed has none."""
 
@@ -343,119 +235,3 @@ def slug(spec: str) -> str:
 def _brief(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
-    """What measures a finished run; the base model's pictures are made once."""
-    from shortft.doctor import versions
-    from shortft.drawing.curves import read_metrics
-    from shortft.evaluate import base_pictures, evaluate
-    from shortft.families import load_family
-    from shortft.preflight import machine
-    from shortft.rewards import make_reward
-
-    base = workshop.base
-    spec = workshop.comparison
-    family = load_family(
-        base.model,
-        pipeline=base.pipeline,
-        precision=base.precision,
-        resolution=base.resolution,
-    )
-    before: dict[bool, Any] = {}
-
-    def evaluate_run(job: Job, config: Config) -> dict[str, Any]:
-        prompts = read_prompts(config.sample_from) if config.sample_from else []
-        prompts = prompts[: spec.num_prompts]
-        seed = SEARCH_SEED if job.search else 0
-        if job.search not in before:
-            before[job.search] = base_pictures(
-                family,
-                prompts,
-                seeds=spec.noises,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                seed=seed,
-            )
-
-        def measured(*, plain_chain: bool) -> tuple[dict[str, Any], Pictures]:
-            return evaluate(
-                family,
-                job.folder / "adapter",
-                make_reward(job.reward, config.reward_model, family.device),
-                prompts,
-                seeds=spec.noises,
-                num_steps=config.num_steps,
-                seed=seed,
-                before=before[job.search],
-                plain_chain=plain_chain,
-            )
-
-        figures, pictures = measured(plain_chain=False)
-        if METHODS[config.method].few_step and not job.search:
-            figures["plain_chain"] = measured(plain_chain=True)[0]
-        rows = read_metrics(job.folder / "metrics.jsonl")
-        seconds = [row["seconds"] for row in rows.updates]
-        if not job.search:
-            from safetensors.torch import save_file
-
-            shown = {"before": pictures.before[:: spec.noises][:8].contiguous()}
-            shown["after"] = pictures.after[:: spec.noises][:8].contiguous()
-            save_file(shown, job.folder / "pictures.safetensors")
-        return {
-            **figures,
-            "updates": len(seconds),
-            "training_seconds": sum(seconds),
-            "seconds_per_update": sum(seconds) / max(1, len(seconds)),
-            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows.updates),
-            "skipped": sum(bool(row["skipped"]) for row in rows.updates),
-            "curve": [[row["at_seconds"], row["eval_reward"]] for row in rows.evaluations],
-            "made_by": f"{versions()}; {machine.in_words()}",
-        }
-
-    return evaluate_run
-
-
-def compare_command(
-    output_dir: Path,
-    comparison: Comparison,
-    base: Config,
-    *,
-    report_only: bool = False,
-    command: str = "",
-) -> None:
-    """`shortft compare`: run what is left, then write the report.
-
-    Args:
-        command: what the user typed, for the report.
-
-    Raises:
-        UserError: if a run fails, or if nothing is done yet and only the report is wanted.
-    """
-    from rich.console import Console
-
-    from shortft.compare_report import write_report
-
-    console = Console()
-    workshop = Workshop(output_dir, comparison, base)
-    workshop.prepare()
-    if report_only:
-        if not any(job.done and not job.search for job in workshop.jobs()):
-            raise UserError(f"--report-only: no run in {output_dir} is done yet")
-        for path in write_report(workshop, command):
-            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-        return
-    console.print(
-        f"{len(comparison.methods)} methods × {len(comparison.rewards)} rewards × "
-        f"{comparison.seeds} seeds: {comparison.runs()} runs and {comparison.trials()} trials of "
-        f"learning rates, {comparison.cost_minutes():.0f} minutes of training in all; loading and "
-        "evaluation come on top",
-        highlight=False,
-    )
-    run_all(
-        workshop,
-        evaluator(workshop),
-        lambda text: console.print(text, markup=False, highlight=False),
-    )
-    for path in write_report(workshop, command):
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from shortft.compare.jobs import Workshop, read_result
 from shortft.methods.catalog import METHODS
-
-if TYPE_CHECKING:
-    from shortft.compare import Workshop
 
 Runs = Sequence[dict[str, Any]]
 Results = dict[tuple[str, str], list[dict[str, Any]]]  # by reward and method, one per seed
@@ -21,8 +19,6 @@ PLAIN_CHAIN = " on the plain chain"
 
 def collect(workshop: Workshop) -> Results:
     """Every finished run's result; a tuned shortcut's by the plain chain is a line of its own."""
-    from shortft.compare import read_result
-
     results: Results = {}
     for job in workshop.jobs():
         if job.search or not job.done:

@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from shortft.compare_figures import Results, by_gain, curve, held_out, names_shown
+from shortft.compare.figures import Results, by_gain, curve, held_out, names_shown
+from shortft.compare.jobs import Workshop
 from shortft.drawing.grids import save_grid
 from shortft.drawing.lines import Line, Panel, draw_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from shortft.compare import Workshop
 
 
 def draw_methods(results: Results, reward: str, path: Path) -> Path:
