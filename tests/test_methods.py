@@ -347,7 +347,7 @@ def choices_of(method: str, plan: Plan, options: Choices) -> Choices:
         return {}
     if method == "jumps":
         early = "policy" if options["jump"] == "ddim" else "tuned"
-        late = "policy" if options["jump"] in ("ddim", "half") else "tuned"
+        late = "tuned" if options["jump"] == "shortcut" else "policy"
         return {"nets": (early, early, late, late), "pin": options["pin"]}
     if method == "thinned":
         return {"points": train}
@@ -406,8 +406,8 @@ CASES: list[tuple[str, Choices]] = [
     ("jumps", {"pin": True}),
     ("jumps", {"jump": "ddim"}),
     ("jumps", {"jump": "ddim", "pin": True}),
-    ("jumps", {"jump": "half"}),
-    ("jumps", {"jump": "half", "pin": True}),
+    ("jumps", {"jump": "shortcut"}),
+    ("jumps", {"jump": "shortcut", "pin": True}),
     ("thinned", {}),
     ("thinned", {"calls": 1}),
     ("thinned", {"calls": N}),
@@ -765,7 +765,7 @@ def test_one_lora_everywhere_jumps_along(jump: str):
 
 @pytest.mark.parametrize(("k", "by_shortcut"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
 def test_half_of_the_jumps_are_the_bases_own(k: int, by_shortcut: int):
-    options = read_options("jumps", {"jump": "half"})
+    options = read_options("jumps", {})
     plan = make_plan("jumps", Toy("flow").schedule, k, 1, torch.Generator(), options)
     nets = ["shortcut"] * by_shortcut + ["policy"] * (k - by_shortcut)
     assert [s.net for s in plan.steps] == nets

@@ -55,7 +55,8 @@ def make_plan(
 
     values = dict(options)
     if values.get("jump") == "auto":
-        values["jump"] = "shortcut" if shortcut else "ddim"
+        by = "half" if method == "jumps" else "shortcut"
+        values["jump"] = by if shortcut else "ddim"
     if METHODS[method].by_segment:
         placement = placement_of(method, values, timestep_lora=timestep_lora)
         del values["loras"]

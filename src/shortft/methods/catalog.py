@@ -118,14 +118,14 @@ METHODS: dict[str, Method] = {
         shortcut="guided",
     ),
     "jumps": Method(
-        "one shortcut jump per segment, a LoRA at every timestep, gradient through all of them",
+        "one jump per segment, a LoRA at every timestep, gradient through all of them",
         f"{OURS}: the first stage of ShortFT, cut down to its jumps",
         {
             "jump": Option(
                 "auto",
                 "by the shortcut LoRA, or without training by a DDIM step of the base; half = over "
                 "the first half of the segments by the shortcut, over the others by a DDIM step; "
-                "auto = the shortcut if one is given, else ddim",
+                "auto = half if a shortcut is given, else ddim",
                 choices=("auto", "shortcut", "ddim", "half"),
             ),
             "pin": PIN,
