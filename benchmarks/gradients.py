@@ -55,7 +55,8 @@ from shortft.step import leap_weight, noise_of_copy, states_of
 GROUPS: dict[Placement, tuple[str, ...]] = {
     "everywhere": (
         *(name for name in METHODS if name not in ("shortft", "full")),
-        "jumps:shortcut=guided",
+        "jumps:jump=shortcut",
+        "jumps:jump=shortcut,shortcut=guided",
         "shortft_everywhere",
     ),
     "stacked": (
