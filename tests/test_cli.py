@@ -156,11 +156,11 @@ def test_train_passes_its_settings_on(calls: list[tuple[tuple[Any, ...], dict[st
 @pytest.mark.parametrize(
     ("given", "updates", "minutes"),
     [
-        ("", 250, 2.0),
+        ("", 180, 2.0),
         ("--minutes 5", None, 5.0),
         ("--updates 9", 9, None),
         ("--updates 9 --minutes 2", 9, 2.0),
-        ("--minutes none", 250, None),
+        ("--minutes none", 180, None),
     ],
 )
 def test_a_budget_takes_the_place_of_the_recipes(
