@@ -78,7 +78,7 @@ class Comparison:
 BUDGETS = {
     "laptop": Comparison(
         # Rates that searches chose for this reward and time (docs/measurements.md); the first takes
-        # ShortFT's, since with the cheap shortcut it makes most updates.
+        # ShortFT's, since it makes most updates.
         (
             "jumps:learning_rate=2e-3",
             "shortft:learning_rate=2e-3",

@@ -11,7 +11,7 @@ from shortft.errors import UserError
 
 # GB of GPU memory that each takes, as `shortft train RECIPE --dry-run` estimates; a test compares.
 MEMORY_GB = {
-    "emoji": 1.2,
+    "emoji": 1.3,
     "sd15-hps": 48.5,
     "sd15-hps-24gb": 11,
     "sd15-pick": 48.5,
