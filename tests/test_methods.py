@@ -771,6 +771,15 @@ def test_half_of_the_jumps_are_the_bases_own(k: int, by_shortcut: int):
     assert [s.net for s in plan.steps] == nets
 
 
+@pytest.mark.parametrize(("method", "net"), [("jumps", "policy"), ("shortft", "base")])
+def test_without_a_shortcut_none_of_the_jumps_is_by_one(method: str, net: str):
+    schedule, options = Toy("flow").schedule, read_options(method, {})
+    plan = make_plan(method, schedule, K, 1, torch.Generator(), options, shortcut=False)
+    jumps = [s for s in plan.steps if s.stop - s.start > 1]
+    assert jumps
+    assert {s.net for s in jumps} == {net}
+
+
 @pytest.mark.parametrize("jump", ["ddim_2", "dpm_2"])
 def test_jumps_that_cannot_carry_loras_are_refused(jump: str):
     options = read_options("shortft", {"loras": "segment", "jump": jump})
