@@ -19,6 +19,7 @@ from shortft import __version__
 from shortft.cli import main
 from shortft.compare import charts, figures, report
 from shortft.compare import runs as compare_runs
+from shortft.compare.command import compare_command
 from shortft.compare.jobs import RESULT, Job, Workshop, read_result, slug
 from shortft.compare.runs import CLAIM, claim
 from shortft.compare.spec import BUDGETS, Comparison, comparison_from
@@ -605,6 +606,7 @@ def test_budgets_name_what_there_is(base, budget: str):
     [
         ({"budget": "huge"}, "--budget huge: unknown; choose one of laptop, full"),
         ({"budget": "laptop", "seeds": 0}, "--seeds 0: must be above 0"),
+        ({"budget": "laptop", "looks": -1}, "--looks -1: must be 0 or more"),
         ({"budget": "laptop", "noises": 1}, "give 2 or more"),
         ({"budget": "laptop", "search": ("x",)}, "--search x: give learning rates"),
         ({"budget": "laptop", "search": ("1e-3", "1e-2")}, "give --methods without any"),
@@ -677,3 +679,29 @@ def test_end_to_end_on_a_tiny_model(base, tmp_path: Path, capsys):
     assert f"torch {torch.__version__}" in text
     assert {p.suffix for p in out.iterdir() if p.is_file()} == {".md", ".csv", ".png", ".json"}
     assert main([*command, "--output-dir", str(out), "--report-only"]) == 0
+
+
+def test_without_looks_only_the_end_is_measured(base, tmp_path: Path):
+    out = tmp_path / "unseen"
+    spec = comparison_from(
+        "laptop", methods=("jumps", "refl"), rewards=("symmetry",), seeds=1, looks=0, minutes=0.01
+    )
+    spec = dataclasses.replace(spec, num_prompts=2)
+    compare_command(out, spec, base)
+    results = figures.collect(Workshop(out, spec, base))
+    for runs in results.values():
+        assert runs[0]["curve"] == []
+        assert runs[0]["reward"]["after"] != runs[0]["reward"]["before"]
+    folder = next((out / "runs").rglob("metrics.jsonl")).parent
+    assert not list((folder / "samples").glob("*"))
+    assert report.reached_text(results, "symmetry", "jumps") == "not measured"
+    # Nothing was scored but the reward, at the end alone: no chart, but the grid.
+    assert {p.suffix for p in out.iterdir() if p.is_file()} == {".md", ".csv", ".png", ".json"}
+    assert [p.name for p in out.glob("*.png")] == ["grid-symmetry.png"]
+
+
+@pytest.mark.parametrize("change", [{"looks": 0}, {"search": (1e-3, 1e-2)}])
+def test_a_guard_that_stops_needs_looks(change, base, tmp_path: Path):
+    spec = dataclasses.replace(BUDGETS["laptop"], methods=("refl",), **change)
+    with pytest.raises(UserError, match="--guard stop: needs evaluations on the way"):
+        Workshop(tmp_path, spec, base.model_copy(update={"guard": "stop"}))

@@ -429,7 +429,9 @@ def compare(
         str | None,
         typer.Option(help="Reward of every trial; its rates then hold for all rewards."),
     ] = None,
-    looks: Annotated[int | None, typer.Option(help="Evaluations on the way, for curves.")] = None,
+    looks: Annotated[
+        int | None, typer.Option(help="Evaluations on the way, for curves; 0 = none.")
+    ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts.")] = None,
     noises: Annotated[int | None, typer.Option(help="Pictures per held-out prompt.")] = None,
     report_only: Annotated[

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def draw_methods(results: Results, reward: str, path: Path) -> Path:
-    """Reward against seconds of training, and against the held-out score that is left."""
+def draw_methods(results: Results, reward: str, path: Path) -> Path | None:
+    """Reward against seconds of training, and against the held-out score that is left.
+
+    What was not measured is left out; None if neither was.
+    """
     label = f"reward {reward} on held-out prompts"
     over_time = Panel(
         time_lines(results, reward),
@@ -30,7 +33,8 @@ def draw_methods(results: Results, reward: str, path: Path) -> Path:
         label,
         "What the gain is paid with; the upper right is better; thin lines: to each seed",
     )
-    return draw_lines(path, *(panel for panel in (over_time, paid_with) if panel.lines))
+    panels = [panel for panel in (over_time, paid_with) if panel.lines]
+    return draw_lines(path, *panels) if panels else None
 
 
 def time_lines(results: Results, reward: str) -> list[Line]:

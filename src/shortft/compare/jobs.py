@@ -49,6 +49,11 @@ class Workshop:
 
     def __init__(self, root: Path, comparison: Comparison, base: Config) -> None:
         self.root, self.comparison, self.kept = root, comparison, root / "compare.json"
+        if base.guard == "stop" and (not comparison.looks or comparison.trials()):
+            raise UserError(
+                "--guard stop: needs evaluations on the way; give --looks 1 or more and no search "
+                "(its trials have none), or --guard warn"
+            )
         # Runs and pictures of one folder are of one number format, on whichever machine.
         self.base = settled(base, self._found().get("base", {}).get("precision"))
         self.configs = {  # every mistake is told before any run

@@ -81,10 +81,10 @@ def ratio_text(ratio: float | None) -> str:
 
 def reached_text(results: Results, reward: str, method: str) -> str:
     """When a method reaches the best rival's final reward, and as a share of its training."""
-    runs, level = results[reward, method], final_reward_of_best_rival(results, reward)
-    if level is None:
+    if best_rival(results, reward) is None:
         return "no rival ran"
-    if not runs[0]["curve"]:
+    runs, level = results[reward, method], final_reward_of_best_rival(results, reward)
+    if level is None or not runs[0]["curve"]:
         return "not measured"
     when = seconds_to_reach(runs, level)
     if when is None:

@@ -29,7 +29,7 @@ class Comparison:
             reward's own if empty. AdamW takes the scale off a reward, so that rates carry over.
         search_minutes: training time of every trial; as long as a run if not given. Shorter trials
             choose rates that are too high for the runs (docs/measurements.md).
-        looks: evaluations on the way, for the curves.
+        looks: evaluations on the way, for the curves; with 0 there are none.
         num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
     """
 
@@ -181,17 +181,18 @@ def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comp
         raise UserError(f"--search {values['search']}: learning rates lie above 0")
     if given.get("search_minutes") is None:
         del values["search_minutes"]
-    for name in {"seeds", "minutes", "search_minutes", "looks", "num_prompts"} & values.keys():
+    for name in {"seeds", "minutes", "search_minutes", "num_prompts"} & values.keys():
         if values[name] <= 0:
             raise UserError(f"{option_name(name)} {values[name]}: must be above 0")
+    for name in ("looks", "search_further"):
+        if values[name] < 0:
+            raise UserError(f"{option_name(name)} {values[name]}: must be 0 or more")
     if len(values["search"]) < 2 and (values["search_further"] or values["search_reward"]):
         raise UserError(
             "--search-further, --search-reward: there is no search; give --search two or more rates"
         )
     if given.get("search") is not None:
         refuse_unused("--search", " ".join(given["search"]), values["methods"])
-    if values["search_further"] < 0:
-        raise UserError(f"--search-further {values['search_further']}: must be 0 or more")
     if values["noises"] < 2:
         raise UserError(
             f"--noises {values['noises']}: diversity compares pictures of one prompt; give 2 or "
