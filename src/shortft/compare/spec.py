@@ -28,7 +28,7 @@ class Comparison:
         search_reward: the reward of every trial, whose rates then hold for all rewards; each
             reward's own if empty. AdamW takes the scale off a reward, so that rates carry over.
         search_minutes: training time of every trial; as long as a run if not given. Shorter trials
-            choose rates that are too high for the runs (docs/measurements.md).
+            choose rates that are too high for the runs (docs/comparisons.md).
         looks: evaluations on the way, for the curves; with 0 there are none.
         num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
     """
@@ -77,7 +77,7 @@ class Comparison:
 
 BUDGETS = {
     "laptop": Comparison(
-        # Rates that searches chose for this reward and time (docs/measurements.md); the first takes
+        # Rates that searches chose for this reward and time (docs/comparisons.md); the first takes
         # ShortFT's, since it makes most updates.
         (
             "jumps:learning_rate=2e-3",
