@@ -683,10 +683,9 @@ def test_end_to_end_on_a_tiny_model(base, tmp_path: Path, capsys):
 
 def test_without_looks_only_the_end_is_measured(base, tmp_path: Path):
     out = tmp_path / "unseen"
-    spec = comparison_from(
-        "laptop", methods=("jumps", "refl"), rewards=("symmetry",), seeds=1, looks=0, minutes=0.01
+    spec = Comparison(
+        ("jumps", "refl"), ("symmetry",), seeds=1, minutes=0.01, looks=0, num_prompts=2
     )
-    spec = dataclasses.replace(spec, num_prompts=2)
     compare_command(out, spec, base)
     results = figures.collect(Workshop(out, spec, base))
     for runs in results.values():
