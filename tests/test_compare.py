@@ -293,7 +293,10 @@ def test_report(base, trained):
     assert rows[0]["held-out scorer, before → after"] == "0.500 → 0.600"
     assert rows[0]["diversity, change"] == "-50 %"
     assert rows[0]["in its own unit, before → after"] == "e ↓: 1 → 0.5"
-    assert "the best rival, refl: gain ratio 1.49; ranges over seeds are apart" in text
+    assert (
+        "the best rival, refl: gain ratio 1.49; ranges over seeds are apart, ahead in 4 of 4"
+        in text
+    )
     assert "holds the median of all seeds with probability 50%" in text
     assert "more of the held-out score than: shortft." in text
     assert "- 6 runs: not recorded." in text  # of a folder older than this line
@@ -366,7 +369,7 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
     assert "| shortft | 2.00 | 1.50 (1) | 2.50 (1) |" in text
     assert "| refl | 0.75 | 0.50 (3) | 1.00 (2) |" in text
     verdict = report.verdict(results, "clip")[0]
-    assert "draft_k: gain ratio 1.50; ranges over seeds overlap" in verdict
+    assert "draft_k: gain ratio 1.50; ranges over seeds overlap, ahead in 4 of 9 pairs;" in verdict
     assert verdict.endswith("its final reward: 67 s (67 %).")
 
 

@@ -24,6 +24,7 @@ from shortft.compare.figures import (
     mean_gain_ratio,
     median_gain,
     names_shown,
+    pairs_ahead,
     seconds_to_reach,
 )
 from shortft.compare.jobs import Workshop, slug
@@ -220,11 +221,12 @@ def verdict(results: Results, reward: str) -> list[str]:
         runs = results[reward, method]
         apart = min(map(gain, runs)) > max(map(gain, rival[1]))
         ahead = median_gain(runs) > median_gain(rival[1])
+        ranges = "are apart" if apart else "overlap" if ahead else "say it lost"
+        pairs = f"{pairs_ahead(runs, rival[1])} of {len(runs) * len(rival[1])}"
         lines.append(
             f"- {method} against the best rival, {rival[0]}: gain ratio "
-            f"{ratio_text(gain_ratio(results, reward, method))}; ranges over seeds "
-            f"{'are apart' if apart else 'overlap' if ahead else 'say it lost'}; its final reward: "
-            f"{reached_text(results, reward, method)}."
+            f"{ratio_text(gain_ratio(results, reward, method))}; ranges over seeds {ranges}, ahead "
+            f"in {pairs} pairs; its final reward: {reached_text(results, reward, method)}."
         )
     return lines
 
