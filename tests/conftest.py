@@ -1,14 +1,20 @@
-"""Settings for all tests: no test reaches a network or opens a window."""
+"""Settings for all tests: no test reaches a network, opens a window, or takes a GPU unasked.
+
+`CUDA_VISIBLE_DEVICES=0 make test` runs them on a GPU.
+"""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+torch.backends.cudnn.allow_tf32 = False  # tests compare results more closely than it computes
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,8 @@ def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str
         assert measured.jump.kept < 0.7 * measured.call.kept
         timed = [measured, measure_cost(trainer), measure_cost(trainer)]  # on a busy machine
         fastest = min(cost.jump.gradient for cost in timed)
-        assert fastest < 0.8 * min(cost.call.gradient for cost in timed)
+        if not torch.cuda.is_available():  # to a GPU half of so small a batch is as long as all
+            assert fastest < 0.8 * min(cost.call.gradient for cost in timed)
         assert found.cost.jump.forward == pytest.approx(found.cost.call.forward / 2, rel=0.01)
     assert found.schedule.timesteps.tolist() == trainer.schedule.timesteps.tolist()
 
