@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -294,7 +296,7 @@ def test_report(base, trained):
     assert rows[0]["diversity, change"] == "-50 %"
     assert rows[0]["in its own unit, before → after"] == "e ↓: 1 → 0.5"
     assert (
-        "the best rival, refl: gain ratio 1.49; ranges over seeds are apart, ahead in 4 of 4"
+        "the best rival, refl: gain ratio 1.49; intervals over seeds are apart, ahead in 4 of 4"
         in text
     )
     assert "holds the median of all seeds with probability 50%" in text
@@ -369,8 +371,30 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
     assert "| shortft | 2.00 | 1.50 (1) | 2.50 (1) |" in text
     assert "| refl | 0.75 | 0.50 (3) | 1.00 (2) |" in text
     verdict = report.verdict(results, "clip")[0]
-    assert "draft_k: gain ratio 1.50; ranges over seeds overlap, ahead in 4 of 9 pairs;" in verdict
+    assert "draft_k: gain ratio 1.50; intervals over seeds overlap, ahead in 4 of 9" in verdict
     assert verdict.endswith("its final reward: 67 s (67 %).")
+
+
+@pytest.mark.parametrize(
+    ("count", "ends", "sure"), [(3, (0, 2), 0.75), (8, (0, 7), 0.992), (9, (1, 7), 0.961)]
+)
+def test_the_interval_holds_the_median_as_often_as_it_says(count, ends, sure):
+    """Counted over all ways in which so many seeds may lie below or above the median of all."""
+    shuffled = [(5 * n) % count if count % 5 else n for n in range(count)]
+    assert figures.interval(shuffled) == ends
+    below = [sum(sides) for sides in itertools.product((0, 1), repeat=count)]
+    # The lower end lies below the median, and the upper one above it.
+    held = [ends[0] < number < ends[1] + 1 for number in below]
+    assert figures.sureness(count) == pytest.approx(sum(held) / len(held))
+    assert figures.sureness(count) == pytest.approx(sure, abs=1e-3)
+
+
+def test_one_seed_far_off_among_nine_does_not_join_what_lies_apart():
+    ours, theirs = [0.3] * 8, [0.2] * 8
+    found = results_of({"clip": {"shortft": [*ours, 0.1], "refl": [*theirs, 0.5]}})
+    assert "intervals over seeds are apart, ahead in 64 of 81" in report.verdict(found, "clip")[0]
+    found = results_of({"clip": {"shortft": [*ours[1:], 0.1, 0.1], "refl": [*theirs, 0.5]}})
+    assert "intervals over seeds overlap" in report.verdict(found, "clip")[0]
 
 
 def test_trials_are_as_long_as_runs_unless_told():
@@ -679,7 +703,7 @@ def test_end_to_end_on_a_tiny_model(base, tmp_path: Path, capsys):
     assert "CPU time" in text
     assert f"shortft {shlex.join([*command, '--output-dir', str(out)])}\n" in text
     assert f"- 2 runs: shortft {__version__}, " in text
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {importlib.metadata.version('torch')}" in text
     assert {p.suffix for p in out.iterdir() if p.is_file()} == {".md", ".csv", ".png", ".json"}
     assert main([*command, "--output-dir", str(out), "--report-only"]) == 0
 

@@ -86,8 +86,33 @@ def gain_ratio(results: Results, reward: str, method: str) -> float | None:
     return median_gain(results[reward, method]) / median_gain(rival[1])
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval that holds the median of all seeds with the probability of `sureness`.
+
+    Its ends are two of the values: the range, less as many at either end as leaves 95 %. It is
+    the interval of the sign test, which assumes nothing of how the values are distributed.
+    """
+    cut = _cut(len(values))
+    ordered = sorted(values)
+    return ordered[cut], ordered[len(ordered) - 1 - cut]
+
+
+def sureness(count: int) -> float:
+    """The probability that the interval of so many values holds the median of all."""
+    return _coverage(count, _cut(count))
+
+
+def _cut(count: int) -> int:
+    return max((n for n in range(1, count // 2) if _coverage(count, n) >= 0.95), default=0)
+
+
+def _coverage(count: int, cut: int) -> float:
+    """Fair coins: the median lies outside if at most `cut` values lie on one side of it."""
+    return 1 - 2 * sum(math.comb(count, below) for below in range(cut + 1)) / 2**count
+
+
 def pairs_ahead(runs: Runs, others: Runs) -> int:
-    """In how many pairs, of a run of each, the first gains more: ranges widen with every seed."""
+    """In how many pairs, of a run of each, the first gains more."""
     return sum(gain(run) > gain(other) for run in runs for other in others)
 
 

@@ -20,12 +20,14 @@ from shortft.compare.figures import (
     front,
     gain,
     gain_ratio,
+    interval,
     is_rival,
     mean_gain_ratio,
     median_gain,
     names_shown,
     pairs_ahead,
     seconds_to_reach,
+    sureness,
 )
 from shortft.compare.jobs import Workshop, slug
 from shortft.drawing.files import write_atomic
@@ -71,8 +73,9 @@ def write_report(workshop: Workshop, command: str = "") -> list[Path]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median and range over seeds, such as ``0.25 (0.24 to 0.26)``."""
-    low, middle, high = (format(v, form) for v in (min(values), median(values), max(values)))
+    """Median and interval over seeds, such as ``0.25 (0.24 to 0.26)``."""
+    ends = interval(values)
+    low, middle, high = (format(v, form) for v in (ends[0], median(values), ends[1]))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -143,8 +146,8 @@ def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
     if seeds > 1:
         lines[-1:] = [
             "",
-            "Medians with the range over seeds, which holds the median of all seeds with "
-            f"probability {1 - 2 ** (1 - seeds):.0%}.",
+            "Medians with an interval over seeds (of fewer than nine their range), which holds "
+            f"the median of all seeds with probability {sureness(seeds):.0%}.",
             "",
         ]
     if len(spec.search) > 1:
@@ -219,14 +222,15 @@ def verdict(results: Results, reward: str) -> list[str]:
     names = names_shown(by_gain(results, reward))
     for method in dict.fromkeys([*own[:1], *(m for m in own if names[m] == "shortft")]):
         runs = results[reward, method]
-        apart = min(map(gain, runs)) > max(map(gain, rival[1]))
+        gains, others = ([gain(run) for run in each] for each in (runs, rival[1]))
+        apart = interval(gains)[0] > interval(others)[1]
         ahead = median_gain(runs) > median_gain(rival[1])
-        ranges = "are apart" if apart else "overlap" if ahead else "say it lost"
-        pairs = f"{pairs_ahead(runs, rival[1])} of {len(runs) * len(rival[1])}"
+        intervals = "are apart" if apart else "overlap" if ahead else "say it lost"
+        pairs = f"{pairs_ahead(runs, rival[1])} of {len(runs) * len(rival[1])} pairs"
         lines.append(
             f"- {method} against the best rival, {rival[0]}: gain ratio "
-            f"{ratio_text(gain_ratio(results, reward, method))}; ranges over seeds {ranges}, ahead "
-            f"in {pairs} pairs; its final reward: {reached_text(results, reward, method)}."
+            f"{ratio_text(gain_ratio(results, reward, method))}; intervals over seeds {intervals}, "
+            f"ahead in {pairs}; its final reward: {reached_text(results, reward, method)}."
         )
     return lines
 
