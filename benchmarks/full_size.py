@@ -1,13 +1,15 @@
-"""One ShortFT update on the full Stable Diffusion 1.5 or SDXL architecture, with random weights.
+"""One update of each method on the full Stable Diffusion 1.5 or SDXL architecture, random weights.
 
-    python benchmarks/full_size.py                 # SD1.5, 512 × 512, bf16, per-step recomputation
+    python benchmarks/full_size.py                 # ShortFT on SD1.5, 512 × 512, bf16, recomputation
     python benchmarks/full_size.py small           # the same script in seconds
-    python benchmarks/full_size.py sd15 sdxl --batches 1 4 8       # for a GPU
+    python benchmarks/full_size.py sd15 sdxl --batches 1 4 8 --methods all       # for a GPU
 
-Weights do not matter for time and memory, so that nothing is downloaded. Prints parameters, seconds
-of one stage-1 update, and the peak of the process's memory so far (on a GPU: of its allocator, for
-each batch by itself). On a GPU one update runs before the one that is timed. What larger models
-would take is computed by benchmarks/memory_plan.py.
+Weights do not matter for time and memory, so that nothing is downloaded. Prints per method and
+batch the network calls of an update (ShortFT: of stage 1), how many carry gradient, seconds (the
+median of `--updates`), and the peak of the process's memory so far (on a GPU: of its allocator, for
+each row by itself). On a GPU one update runs before those that are timed. Jumps run the base
+itself without guidance, at an unguided few-step LoRA's cost. What larger models would take is
+computed by benchmarks/memory_plan.py.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,48 +28,52 @@ from shortft.drawing.progress import memory_text
 from shortft.families import default_device
 from shortft.families.base import Guidance
 from shortft.memory import peak_memory_bytes
-from shortft.methods.shortft import shortft_plan
+from shortft.methods import METHODS, make_plan, placement_of, read_options
+from shortft.methods.catalog import variant_settings
 from shortft.networks import ModelNetworks
-from shortft.plans import Plan, inference_plan
+from shortft.plans import Plan, inference_plan, parts_for
 from shortft.quiet import quiet
 from shortft.rewards import make_reward
+from shortft.seeds import generator
 from shortft.step import Batch, Outcome, train_step
 
 STEPS, SEGMENTS = 50, 4
 
 
 class Rig:
-    """A model at full size with its LoRAs, ready for updates."""
+    """A method on a model at full size with its LoRAs, ready for updates."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        family_class, make, _ = MODELS[name]
-        self.device, self.recompute = default_device(), not options.no_recompute
-        torch.manual_seed(0)
-        with quiet():
-            self.family: Any = family_class(
-                make(), name, precision=options.precision, device=self.device
-            )
-        self.family.encode_ahead(["red apple"])
-        self.schedule = self.family.schedule(STEPS)
+    def __init__(self, family: Any, name: str, options: argparse.Namespace) -> None:
+        settings: dict[str, Any] = variant_settings(name, SEGMENTS)
+        self.method, self.family = settings["method"], family
+        self.values = read_options(self.method, settings.get("method_options", {}))
+        self.schedule = family.schedule(STEPS)
+        placement = placement_of(self.method, self.values)
+        parts = parts_for(placement, SEGMENTS)
+        self.inference = inference_plan(self.schedule, parts, placement)
         self.nets = ModelNetworks(
-            self.family,
-            guidance=Guidance(self.family.default_guidance_scale, options.guidance_grad),
-            loras=SEGMENTS,
+            family,
+            guidance=Guidance(family.default_guidance_scale, options.guidance_grad),
+            loras=SEGMENTS if placement in ("stacked", "segments") else 1,
             rank=options.rank,
-            plain_jumps=True,  # in place of an unguided few-step LoRA, at its cost
+            plain_jumps=True,
         )
-        self.plan: Plan = shortft_plan(self.schedule, SEGMENTS, 1)
-        self.nets.train_only(self.plan.trainable)
-        numbers = range(1, SEGMENTS + 1)
+        numbers = range(1, self.nets.loras + 1)
         self.loras = [p for n in numbers for p in self.nets.parameters_of(n).values()]
         self.optimizer = torch.optim.AdamW(self.loras, lr=1e-4)
-        self.accelerator = Accelerator(cpu=self.device == "cpu")
-        self.reward = make_reward("symmetry", None, self.device)
+        self.accelerator = Accelerator(cpu=family.device.type == "cpu")
+        self.reward = make_reward("symmetry", None, family.device)
+        self.recompute = not options.no_recompute
 
-    def update(self, batch: int) -> Outcome:
+    def plan(self, update: int) -> Plan:
+        draw = generator(0, update)
+        return make_plan(self.method, self.schedule, SEGMENTS, 1, draw, self.values)
+
+    def update(self, plan: Plan, batch: int) -> Outcome:
         """One update, done when this returns."""
+        self.nets.train_only(plan.trainable)
         outcome = train_step(
-            self.plan,
+            plan,
             [Batch(["red apple"] * batch, list(range(batch)))],
             self.family,
             self.nets,
@@ -74,52 +81,75 @@ class Rig:
             self.reward,
             self.optimizer,
             self.accelerator,
-            inference=inference_plan(self.schedule, SEGMENTS),
+            inference=self.inference,
             max_grad_norm=1.0,
             recompute=self.recompute,
         )
-        if self.device == "cuda":
+        if self.family.device.type == "cuda":
             torch.cuda.synchronize()
         return outcome
 
 
-def run(name: str, options: argparse.Namespace) -> None:
-    """Print one model's figures."""
-    rig = Rig(name, options)
-    count = sum(p.numel() for p in rig.family.denoiser.parameters())
-    learned = sum(p.numel() for p in rig.loras)
-    device = torch.cuda.get_device_name() if rig.device == "cuda" else "CPU"
-    print(
-        f"{name}: denoiser {count / 1e6:.0f} M parameters, {options.precision}, "
-        f"{rig.family.resolution} pixels; LoRAs {learned / 1e6:.0f} M; {device}",
-        flush=True,
-    )
-    for batch in options.batches:
-        try:
-            if rig.device == "cuda":
-                rig.update(batch)  # the first one of a shape is slow
-                torch.cuda.reset_peak_memory_stats()
+def measure(rig: Rig, batch: int, updates: int) -> str:
+    """The cells of one row."""
+    cuda = rig.family.device.type == "cuda"
+    rows: list[tuple[int, int, float]] = []
+    try:
+        if cuda:
+            rig.update(rig.plan(0), batch)  # the first one of a shape is slow
+            torch.cuda.reset_peak_memory_stats()
+        for number in range(updates):
+            plan = rig.plan(number)
             began = time.monotonic()
-            outcome = rig.update(batch)
-            seconds = time.monotonic() - began
-        except torch.OutOfMemoryError:
-            rig.optimizer.zero_grad(set_to_none=True)
-            print(f"  batch {batch}: out of memory", flush=True)
-            continue
-        print(
-            f"  stage 1, batch {batch}: {rig.plan.calls} calls, {rig.plan.grad_calls} with "
-            f"gradient, {seconds:.1f} s, peak {memory_text(peak_memory_bytes())}, gradient norm "
-            f"{outcome.grad_norm:.3g}{', not finite' if outcome.skipped else ''}",
-            flush=True,
-        )
+            outcome = rig.update(plan, batch)
+            extra = STEPS if plan.needs_rollout else 0
+            rows.append((plan.calls + extra, plan.grad_calls, time.monotonic() - began))
+    except torch.OutOfMemoryError:
+        rig.optimizer.zero_grad(set_to_none=True)
+        return "out of memory | | | |"
+    calls, with_gradient, seconds = (median(column) for column in zip(*rows, strict=True))
+    norm = f"{outcome.grad_norm:.3g}{', not finite' if outcome.skipped else ''}"
+    peak = memory_text(peak_memory_bytes())
+    return f"{calls:g} | {with_gradient:g} | {seconds:.2f} | {peak} | {norm}"
+
+
+def run(model: str, options: argparse.Namespace) -> None:
+    """Print one model's table."""
+    device = default_device()
+    family_class, make, _ = MODELS[model]
+    torch.manual_seed(0)
+    with quiet():
+        family: Any = family_class(make(), model, precision=options.precision, device=device)
+    family.encode_ahead(["red apple"])
+    count = sum(p.numel() for p in family.denoiser.parameters())
+    print(
+        f"{model}: denoiser {count / 1e6:.0f} M parameters, {options.precision}, "
+        f"{family.resolution} pixels; {STEPS} steps; "
+        f"{'no ' if options.no_recompute else ''}recomputation; guidance "
+        f"{options.guidance_grad}; rank {options.rank}; "
+        f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}"
+    )
+    print("| method | batch | LoRAs | calls | with gradient | s | peak | gradient norm |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in METHODS if options.methods == ["all"] else options.methods:
+        rig = Rig(family, name, options)
+        learned = sum(p.numel() for p in rig.loras)
+        for batch in options.batches:
+            cells = measure(rig, batch, options.updates)
+            print(f"| {name} | {batch} | {learned / 1e6:.0f} M | {cells} |", flush=True)
+        del rig
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", default=["sd15"], help="small, sd15, sdxl")
+    parser.add_argument("models", nargs="*", default=["sd15"], help=", ".join(MODELS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--methods", nargs="+", default=["shortft"], help="names; all")
+    parser.add_argument("--updates", type=int, default=1, help="timed")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--guidance-grad", choices=("both", "positive"), default="both")
