@@ -1,6 +1,6 @@
 """One update of each method on the full Stable Diffusion 1.5 or SDXL architecture, random weights.
 
-    python benchmarks/full_size.py                 # ShortFT on SD1.5, 512 × 512, bf16, recomputation
+    python benchmarks/full_size.py                 # ShortFT, SD1.5, 512 × 512, bf16, recomputed
     python benchmarks/full_size.py small           # the same script in seconds
     python benchmarks/full_size.py sd15 sdxl --batches 1 4 8 --methods all       # for a GPU
 
