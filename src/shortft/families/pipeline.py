@@ -251,8 +251,11 @@ class UNetFamily(PipelineFamily):
         if self.device.type == "cpu":
             # The fused kernel's backward is slower than plain attention on CPUs, most so in bf16.
             pipeline.unet.set_attn_processor(AttnProcessor())
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        # Convolutions in bf16 are faster on CPUs with channels first, a fifth in all.
+        first = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        self._layout = torch.contiguous_format if first else torch.channels_last
+        pipeline.unet.to(memory_format=self._layout)
+        pipeline.vae.to(memory_format=self._layout)
 
     def predict(
         self,
@@ -271,7 +274,7 @@ class UNetFamily(PipelineFamily):
             more = None if pooled is None else self._added(x, pooled.to(dtype))
             with autocast(self.device, self.dtype):
                 out: Tensor = net(
-                    x.contiguous(memory_format=torch.channels_last).to(dtype),
+                    x.contiguous(memory_format=self._layout).to(dtype),
                     t,
                     embeddings.to(dtype),
                     added_cond_kwargs=more,
