@@ -2,7 +2,7 @@
 
     python benchmarks/hacking.py --output-dir runs/hacking [--updates 80] [--only anchor]
 
-Trains the embedded model by thinned chains on symmetry alone with nothing against it, with the
+Trains the embedded model by one method on symmetry alone with nothing against it, with the
 guard, with anchors to the base of several weights, and with an ensemble of symmetry and text
 alignment at several weights of their spread. Each adapter is measured on held-out prompts, two
 noises each: mirror error, the scorer that no run has seen, diversity, contrast, and the drift from
@@ -73,7 +73,7 @@ def run(root: Path, name: str, change: dict[str, Any], args: argparse.Namespace)
     if result.exists():
         return dict(json.loads(result.read_text(encoding="utf-8")))
     common = {"reward": "symmetry", "minutes": None, "updates": args.updates, "tensorboard": False}
-    common |= {"method": "thinned", "learning_rate": 1e-3}
+    common |= {"method": args.method, "learning_rate": args.learning_rate}
     common |= {"sample_every": max(1, args.updates // 8), "output_dir": folder}
     config = load_config(None, {**recipe("emoji"), **common, **change})
     adapter = train(config, auto_resume=True)
@@ -102,6 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/hacking"))
     parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--method", default="jumps")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--only", default="", help="settings whose name starts so")
     args = parser.parse_args()
