@@ -45,6 +45,10 @@ class Rig:
 
     def __init__(self, family: Any, name: str, options: argparse.Namespace) -> None:
         settings: dict[str, Any] = variant_settings(name, SEGMENTS)
+        if beyond := sorted(settings.keys() - {"method", "method_options"}):
+            raise SystemExit(
+                f"--methods {name}: sets {', '.join(beyond)}, which is not measured here"
+            )
         self.method, self.family = settings["method"], family
         self.values = read_options(self.method, settings.get("method_options", {}))
         self.schedule = family.schedule(STEPS)
@@ -148,7 +152,9 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", default=["sd15"], help=", ".join(MODELS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--methods", nargs="+", default=["shortft"], help="names; all")
+    parser.add_argument(
+        "--methods", nargs="+", default=["shortft"], help="names, with options; all"
+    )
     parser.add_argument("--updates", type=int, default=1, help="timed")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
