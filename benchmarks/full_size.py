@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from full_models import MODELS
 
 from shortft.drawing.progress import memory_text
+from shortft.errors import UserError
 from shortft.families import default_device
 from shortft.families.base import Guidance
 from shortft.memory import peak_memory_bytes
@@ -40,17 +41,24 @@ from shortft.step import Batch, Outcome, train_step
 STEPS, SEGMENTS = 50, 4
 
 
+def method_of(name: str) -> tuple[str, dict[str, Any]]:
+    """A method and its options by a competitor's name.
+
+    Raises:
+        UserError: if there is none of that name, or it sets more than options of the method.
+    """
+    settings: dict[str, Any] = variant_settings(name, SEGMENTS)
+    if beyond := sorted(settings.keys() - {"method", "method_options"}):
+        raise UserError(f"--methods {name}: sets {', '.join(beyond)}, which is not measured here")
+    return settings["method"], read_options(settings["method"], settings.get("method_options", {}))
+
+
 class Rig:
     """A method on a model at full size with its LoRAs, ready for updates."""
 
     def __init__(self, family: Any, name: str, options: argparse.Namespace) -> None:
-        settings: dict[str, Any] = variant_settings(name, SEGMENTS)
-        if beyond := sorted(settings.keys() - {"method", "method_options"}):
-            raise SystemExit(
-                f"--methods {name}: sets {', '.join(beyond)}, which is not measured here"
-            )
-        self.method, self.family = settings["method"], family
-        self.values = read_options(self.method, settings.get("method_options", {}))
+        self.method, self.values = method_of(name)
+        self.family = family
         self.schedule = family.schedule(STEPS)
         placement = placement_of(self.method, self.values)
         parts = parts_for(placement, SEGMENTS)
@@ -135,7 +143,7 @@ def run(model: str, options: argparse.Namespace) -> None:
     )
     print("| method | batch | LoRAs | calls | with gradient | s | peak | gradient norm |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name in METHODS if options.methods == ["all"] else options.methods:
+    for name in options.methods:
         rig = Rig(family, name, options)
         learned = sum(p.numel() for p in rig.loras)
         for batch in options.batches:
@@ -161,6 +169,15 @@ def main() -> int:
     parser.add_argument("--guidance-grad", choices=("both", "positive"), default="both")
     parser.add_argument("--no-recompute", action="store_true")
     options = parser.parse_args()
+    if unknown := sorted(set(options.models) - MODELS.keys()):
+        parser.error(f"{', '.join(unknown)}: unknown; give one of {', '.join(MODELS)}")
+    if options.methods == ["all"]:
+        options.methods = list(METHODS)
+    try:
+        for name in options.methods:
+            method_of(name)
+    except UserError as wrong:
+        parser.error(str(wrong))
     for name in options.models:
         run(name, options)
     return 0
