@@ -480,6 +480,71 @@ def test_a_method_may_bring_its_own_rate(base, trained):
     assert shop.config(runs[methods[2]]).method_options == {"k": 2}
 
 
+def test_known_rates_are_taken_untried(base, trained):
+    """Of one reward, while another's is searched."""
+    rewards = ("symmetry", "compressibility")
+    spec = Comparison(
+        ("refl", "draft_k"),
+        rewards,
+        1,
+        rates={"refl": {"symmetry": 3e-3}, "draft_k": dict.fromkeys(rewards, 0.2)},
+        search=(1e-3, 1e-2),
+        num_prompts=6,
+    )
+    shop = workshop(base, spec)
+    compare_runs.run_all(shop, pretended, lambda _: None)
+    trials = [job for job in trained if job.search]
+    assert {(job.reward, job.method) for job in trials} == {("compressibility", "refl")}
+    assert len(trials) == spec.trials() == 2
+    runs = {(job.reward, job.method): job.learning_rate for job in trained if not job.search}
+    assert runs == {
+        ("symmetry", "refl"): 3e-3,
+        ("symmetry", "draft_k"): 0.2,
+        ("compressibility", "refl"): 1e-2,
+        ("compressibility", "draft_k"): 0.2,
+    }
+    text = report.markdown(shop, figures.collect(shop))
+    assert "known for method and reward were taken untried.\n\nOthers: 0.001, 0.01" in text
+    assert report.at_the_edge(shop, figures.collect(shop), "symmetry") == []
+    assert "refl (0.01)" in report.at_the_edge(shop, figures.collect(shop), "compressibility")[0]
+    # Runs at other rates are not mixed with these.
+    others = dataclasses.replace(spec, rates={"refl": {"symmetry": 1e-3}})
+    with pytest.raises(UserError, match="another rates"):
+        workshop(base, others)
+
+
+def test_a_folder_from_before_known_rates_goes_on(base):
+    kept = workshop(base).kept
+    found = json.loads(kept.read_text())
+    assert found.pop("rates") == {}
+    kept.write_text(json.dumps(found))
+    workshop(base)
+
+
+def test_what_the_full_budget_knows_and_what_it_searches():
+    full = comparison_from("full")
+    assert full.without_rate == ()
+    assert full.trials() == 0
+    assert full.runs() == len(full.methods) * len(full.rewards) * full.seeds
+    more = comparison_from("full", methods=("jumps", "draft_k:k=2"), rewards=("clip", "symmetry"))
+    # Rates of all rewards are found on one; jumps' is known on the text's alone.
+    assert more.without_rate == (
+        ("clip", "draft_k:k=2"),
+        ("symmetry", "jumps"),
+        ("symmetry", "draft_k:k=2"),
+    )
+    assert more.searched == (
+        ("clip:1,symmetry:3", "draft_k:k=2"),
+        ("clip:1,symmetry:3", "jumps"),
+    )
+    for anew in ({"search": ("1e-3", "2e-3")}, {"model": "mine"}):
+        found = comparison_from("full", **anew)
+        assert found.rates == {}
+        assert found.searched == tuple((full.search_reward, m) for m in found.methods)
+    one = comparison_from("full", search=("1e-3",))  # the same for all, untried
+    assert (one.trials(), one.search_further, one.search_reward) == (0, 0, "")
+
+
 def test_a_method_may_bring_settings_of_its_own(base, trained):
     """It is searched like any other, and trained with them; the others are not."""
     methods = ("refl:batch_size=6,guidance_grad=positive", "refl")
@@ -657,6 +722,10 @@ def test_unknown_methods_are_told_before_anything_is_written(base, capsys):
     assert "give --seeds" in capsys.readouterr().err
     assert main(["compare", "--learning-rate", "1e-3", "--output-dir", str(base.output_dir)]) == 2
     assert "--learning-rate 0.001: every method brings a rate" in capsys.readouterr().err
+    full = ["compare", "--budget", "full", "--output-dir", str(base.output_dir)]
+    for more in ([], ["--search", "1e-3 2e-3"]):
+        assert main([*full, *more, "--learning-rate", "1e-3"]) == 2
+        assert "known or searched; --search 0.001, one alone" in capsys.readouterr().err
     assert not base.output_dir.exists()
 
 
@@ -665,7 +734,8 @@ def test_other_models_get_no_competitor_with_the_embedded_ones_shortcut(budget: 
     every = BUDGETS[budget].methods
     assert comparison_from(budget).methods == every
     others = comparison_from(budget, model="mine").methods
-    assert others == tuple(m for m in every if "shortcut=" not in m)
+    tuned = "tune_shortcut:shortcut=unguided"
+    assert others == tuple(m.replace(tuned, "tune_shortcut") for m in every)
     assert (others != every) == (budget == "full")
     named = ("shortft:shortcut=unguided",)
     assert comparison_from(budget, model="mine", methods=named).methods == named

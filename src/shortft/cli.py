@@ -444,7 +444,7 @@ def compare(
     Start the same command again to continue, or several times at once to share the work.
     """
     from shortft.compare.command import compare_command
-    from shortft.compare.spec import comparison_from, parse_list, refuse_unused
+    from shortft.compare.spec import comparison_from, parse_list, refuse_base_rate
 
     several = {"method": "--methods", "reward": "--rewards", "seed": "--seeds"}
     several["method_options"] = "--methods name:option=value"
@@ -474,7 +474,7 @@ def compare(
         noises=noises,
     )
     if options.get("learning_rate") is not None:
-        refuse_unused("--learning-rate", f"{base.learning_rate:g}", chosen.methods)
+        refuse_base_rate(base.learning_rate, chosen)
     refuse_links(base.output_dir, COMPARISON)
     command = shlex.join(["shortft", *typed])
     compare_command(base.output_dir, chosen, base, report_only=report_only, command=command)

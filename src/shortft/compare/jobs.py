@@ -58,7 +58,7 @@ class Workshop:
         self.base = settled(base, self._found().get("base", {}).get("precision"))
         self.configs = {  # every mistake is told before any run
             (reward, method): self._config(reward, method)
-            for reward in dict.fromkeys((*comparison.rewards, *comparison.searched_rewards))
+            for reward in dict.fromkeys((*comparison.rewards, *(r for r, _ in comparison.searched)))
             for method in comparison.methods
         }
 
@@ -72,14 +72,14 @@ class Workshop:
         """
         wanted = json.loads(json.dumps(asdict(self.comparison)))
         own = OWN.copy()
-        if self.comparison.search or all(map(has_own_rate, self.comparison.methods)):
+        if self.comparison.search or not self.comparison.without_rate:
             own.add("learning_rate")
         wanted["base"] = self.base.model_dump(mode="json", exclude=own)
         found = self._found()
         if found:
             # A setting that is younger than the folder had its default value there.
             then = {**Config().model_dump(mode="json"), **found.get("base", {})}
-            before = {**found, **{name: then[name] for name in wanted["base"]}}
+            before = {"rates": {}, **found, **{name: then[name] for name in wanted["base"]}}
             now = {**wanted, **wanted["base"]}
             free = ("methods", "rewards", "seeds", "base")
             for name in (n for n in now if n not in free and before.get(n) != now[n]):
@@ -132,16 +132,17 @@ class Workshop:
 
     def trials(self) -> Iterator[Job]:
         """The learning-rate search: runs on other prompts and with another seed."""
-        for reward in self.comparison.searched_rewards:
-            for method in self.comparison.searched_methods:
-                for rate in self.rates(reward, method):
-                    yield self._trial(reward, method, rate)
+        for reward, method in self.comparison.searched:
+            for rate in self.rates(reward, method):
+                yield self._trial(reward, method, rate)
 
     def learning_rate(self, reward: str, method: str) -> float | None:
-        """The method's own; or the search's best, None before it has ended; or the base's."""
+        """The method's own, or known; the search's best, None before it has ended; the base's."""
         search = self.comparison.search
         if has_own_rate(method):
             return self.configs[reward, method].learning_rate
+        if self.comparison.knows_rate(reward, method):
+            return self.comparison.rates[method][reward]
         if len(search) < 2:
             return search[0] if search else self.base.learning_rate
         reward = self.comparison.search_reward or reward

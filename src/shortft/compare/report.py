@@ -150,12 +150,15 @@ def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
             f"the median of all seeds with probability {sureness(seeds):.0%}.",
             "",
         ]
-    if len(spec.search) > 1:
+    if spec.rates:
+        lines += ["Learning rates that were known for method and reward were taken untried.", ""]
+    if spec.searched:
+        which = "Others" if spec.rates else "Learning rates"
         rates = ", ".join(f"{rate:g}" for rate in spec.search)
         trained_for = f"on {spec.search_reward}" if spec.search_reward else "and reward"
         further = f", and up to {spec.search_further} beyond an edge" if spec.search_further else ""
         lines += [
-            f"Learning rates: {rates}{further}, each tried for {spec.search_minutes:g} minutes per "
+            f"{which}: {rates}{further}, each tried for {spec.search_minutes:g} minutes per "
             f"method {trained_for}, on other prompts and with another seed; the best by reward was "
             "taken.",
             "",
@@ -250,7 +253,7 @@ def at_the_edge(workshop: Workshop, results: Results, reward: str) -> list[str]:
     """Methods whose best learning rate is the lowest or highest tried: others may be better."""
     spec, found = workshop.comparison, []
     for method in by_gain(results, reward):
-        if method in spec.searched_methods:  # and no second line of one
+        if (reward, method) in spec.without_rate and spec.searched:  # and no second line of one
             rate = results[reward, method][0]["learning_rate"]
             tried = workshop.rates(spec.search_reward or reward, method)
             if rate in (tried[0], tried[-1]):

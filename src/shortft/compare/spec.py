@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from shortft.assets import EMBEDDED
 from shortft.config import option_name
 from shortft.errors import UserError
-from shortft.methods.catalog import has_own_rate
+from shortft.methods.catalog import has_own_rate, without_setting
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Comparison:
         rewards: reward specs.
         seeds: training seeds 0 … seeds - 1.
         minutes: training time of every run; sampling, evaluation and loading are not counted.
-        search: learning rates tried for every method, but for those that bring their own; one
-            alone is taken untried.
+        rates: learning rates that are known, per method and reward; they are not searched.
+        search: learning rates tried for every method, but for those that bring their own or whose
+            is known; one alone is taken untried.
         search_further: rates tried beyond an edge of those, one at a time, while the best lies
             there; the same limit for every method.
         search_reward: the reward of every trial, whose rates then hold for all rewards; each
@@ -37,6 +39,7 @@ class Comparison:
     rewards: tuple[str, ...]
     seeds: int = 3
     minutes: float = 3.5
+    rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     search: tuple[float, ...] = ()
     search_further: int = 0
     search_reward: str = ""
@@ -48,23 +51,27 @@ class Comparison:
     def __post_init__(self) -> None:
         object.__setattr__(self, "search_minutes", self.search_minutes or self.minutes)
 
-    @property
-    def searched_methods(self) -> tuple[str, ...]:
-        """The methods whose learning rate is searched."""
-        if len(self.search) < 2:
-            return ()
-        return tuple(method for method in self.methods if not has_own_rate(method))
+    def knows_rate(self, reward: str, method: str) -> bool:
+        """Whether no search is needed: the method brings its rate, or `rates` has it."""
+        return has_own_rate(method) or reward in self.rates.get(method, {})
 
     @property
-    def searched_rewards(self) -> tuple[str, ...]:
-        """The rewards of the trials; none without a search."""
-        if not self.searched_methods:
+    def without_rate(self) -> tuple[tuple[str, str], ...]:
+        """Rewards and methods whose rate is searched, or else the base's."""
+        pairs = ((reward, method) for reward in self.rewards for method in self.methods)
+        return tuple(pair for pair in pairs if not self.knows_rate(*pair))
+
+    @property
+    def searched(self) -> tuple[tuple[str, str], ...]:
+        """Rewards and methods of the trials; none without a search."""
+        if len(self.search) < 2:
             return ()
-        return (self.search_reward,) if self.search_reward else self.rewards
+        pairs = ((self.search_reward or reward, method) for reward, method in self.without_rate)
+        return tuple(dict.fromkeys(pairs))
 
     def trials(self) -> int:
         """Trials of learning rates in all, without those beyond the edges."""
-        return len(self.searched_methods) * len(self.searched_rewards) * len(self.search)
+        return len(self.searched) * len(self.search)
 
     def runs(self) -> int:
         """Training runs in all, without trials."""
@@ -74,6 +81,37 @@ class Comparison:
         """Training minutes in all, without evaluation and without trials beyond the edges."""
         return self.runs() * self.minutes + self.trials() * self.search_minutes
 
+
+REWARDS = (
+    "clip",
+    "clip:1,symmetry:3",
+    "clip:1,compressibility:0.16",
+    "clip:1,symmetry:3,compressibility:0.16",
+)
+
+# Rates for the embedded model and 1.5 minutes that searches chose for these four rewards, or what
+# was nearest to it (docs/comparisons.md says which are whose).
+RATES = {
+    method: dict(zip(REWARDS, rates, strict=True))
+    for method, rates in {
+        "jumps": (1e-3, 3.5e-3, 3.5e-3, 3.5e-3),
+        "thinned:calls=4,late=2": (2e-3, 3.5e-3, 6e-3, 6e-3),
+        "thinned": (6.7e-4, 2e-3, 2e-3, 2e-3),
+        "shortft": (2e-3, 2e-3, 2e-3, 2e-3),
+        "shortft_segments": (2e-3, 2e-3, 2e-3, 2e-3),
+        "tune_shortcut:shortcut=unguided": (1e-3, 2e-3, 2e-3, 2e-3),
+        "draft_k": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "draft_lv": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "alignprop": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "refl": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "drtune": (2e-3, 6e-3, 6e-3, 6e-3),
+        "leapalign": (2e-3, 2e-3, 2e-3, 2e-3),
+        "flowbp_sparse": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "flowbp_bridge": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "flowbp_lagrange": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "full": (6e-3, 1.8e-2, 1.8e-2, 1.8e-2),
+    }.items()
+}
 
 BUDGETS = {
     "laptop": Comparison(
@@ -92,45 +130,16 @@ BUDGETS = {
         num_prompts=24,
     ),
     "full": Comparison(
-        (
-            "thinned",
-            "shortft",
-            "shortft_segments",
-            "shortft_everywhere",
-            "jumps",
-            "jumps:jump=shortcut",
-            "jumps:jump=shortcut,shortcut=guided",
-            "shortft_shared_lora",
-            "shortft_no_stages",
-            "shortft_pinned",
-            "shortft_first_by_shortcut",
-            "shortft_ddim",
-            "shortft_plain_ddim",
-            "shortft_ddim_2",
-            "shortft_dpm_2",
-            "tune_shortcut",
-            "tune_shortcut:shortcut=unguided",
-            "draft_k",
-            "draft_5",
-            "draft_lv",
-            "alignprop",
-            "drtune",
-            "refl",
-            "leapalign",
-            "flowbp_sparse",
-            "flowbp_bridge",
-            "flowbp_lagrange",
-            "full",
-        ),
-        (
-            "clip",
-            "clip:1,symmetry:3",
-            "clip:1,compressibility:0.16",
-            "clip:1,symmetry:3,compressibility:0.16",
-        ),
+        tuple(RATES),
+        REWARDS,
+        minutes=1.5,
+        rates=RATES,
+        # For what has no rate above: other methods, rewards, models.
         search=(7e-4, 2e-3, 6e-3),
         search_further=2,
         search_reward="clip:1,symmetry:3",
+        looks=0,
+        num_prompts=24,
     ),
 }
 
@@ -159,11 +168,25 @@ def refuse_unused(option: str, rates: str, methods: tuple[str, ...]) -> None:
         )
 
 
+def refuse_base_rate(rate: float, comparison: Comparison) -> None:
+    """Tell that the base's learning rate would change nothing.
+
+    Raises:
+        UserError: if every rate is another's: the method's own, known, or searched.
+    """
+    refuse_unused("--learning-rate", f"{rate:g}", comparison.methods)
+    if comparison.search or not comparison.without_rate:
+        raise UserError(
+            f"--learning-rate {rate:g}: this comparison's rates are known or searched; --search "
+            f"{rate:g}, one alone, is taken untried"
+        )
+
+
 def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comparison:
     """A budget's comparison with what the user gave on top.
 
-    Of the budget's methods those that take a shortcut of the embedded model are left out for any
-    other.
+    Its rates are of the embedded model, and so are shortcuts that its methods name: any other model
+    goes without both, and `search` given anew goes without the rates.
 
     Raises:
         UserError: for an unknown budget or a value out of range.
@@ -172,7 +195,12 @@ def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comp
         raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
     values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
     if given.get("methods") is None and model != EMBEDDED:
-        values["methods"] = tuple(m for m in values["methods"] if "shortcut=" not in m)
+        values["methods"] = tuple(without_setting(m, "shortcut") for m in values["methods"])
+    if given.get("search") is not None or model != EMBEDDED:
+        values["rates"] = {}
+    if given.get("search") is not None and len(given["search"]) < 2:  # the budget's go with its own
+        values["search_further"] = given.get("search_further") or 0
+        values["search_reward"] = given.get("search_reward") or ""
     try:
         values["search"] = tuple(float(rate) for rate in values["search"])
     except ValueError:

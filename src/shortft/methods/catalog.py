@@ -278,6 +278,13 @@ def has_own_rate(name: str) -> bool:
     return "learning_rate" in parse_options(name.partition(":")[2])
 
 
+def without_setting(name: str, setting: str) -> str:
+    """A competitor's name without one of its options: ``jumps:shortcut=x,k=2`` → ``jumps:k=2``."""
+    method, _, options = name.partition(":")
+    rest = [f"{key}={value}" for key, value in parse_options(options).items() if key != setting]
+    return ":".join([method, ",".join(rest)] if rest else [method])
+
+
 def parse_options(text: str) -> dict[str, str]:
     """'k=2,alpha=0.3' as a mapping.
 
