@@ -375,6 +375,15 @@ def test_figures_over_several_rewards_are_those_computed_by_hand():
     assert verdict.endswith("its final reward: 67 s (67 %).")
 
 
+def test_every_method_of_ours_that_leads_is_told_and_shortft_always():
+    gains = {"thinned": [0.5], "jumps": [0.4], "refl": [0.3], "thinned:calls=4": [0.2]}
+    results = results_of({"clip": {**gains, "shortft": [0.1]}})
+    told = [line.split(" against ")[0] for line in report.verdict(results, "clip")]
+    assert told == ["- thinned", "- jumps", "- shortft"]
+    results = results_of({"clip": {**gains, "refl": [1.0]}})
+    assert [line[:11] for line in report.verdict(results, "clip")] == ["- thinned a"]
+
+
 @pytest.mark.parametrize(
     ("count", "ends", "sure"), [(3, (0, 2), 0.75), (8, (0, 7), 0.992), (9, (1, 7), 0.961)]
 )

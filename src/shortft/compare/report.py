@@ -216,18 +216,20 @@ def overall(results: Results, rewards: Sequence[str]) -> list[str]:
 
 
 def verdict(results: Results, reward: str) -> list[str]:
-    """How shortft, and the best method that is no rival, stand against the best rival."""
+    """How the best that is no rival, others that lead, and shortft stand against the best rival."""
     rival = best_rival(results, reward)
     own = [m for m in by_gain(results, reward) if not is_rival(m)]
     if rival is None:
         return []
     lines = []
     names = names_shown(by_gain(results, reward))
-    for method in dict.fromkeys([*own[:1], *(m for m in own if names[m] == "shortft")]):
+    level = median_gain(rival[1])
+    told = [m for m in own if names[m] == "shortft" or median_gain(results[reward, m]) > level]
+    for method in dict.fromkeys([*own[:1], *told]):
         runs = results[reward, method]
         gains, others = ([gain(run) for run in each] for each in (runs, rival[1]))
         apart = interval(gains)[0] > interval(others)[1]
-        ahead = median_gain(runs) > median_gain(rival[1])
+        ahead = median_gain(runs) > level
         intervals = "are apart" if apart else "overlap" if ahead else "say it lost"
         pairs = f"{pairs_ahead(runs, rival[1])} of {len(runs) * len(rival[1])} pairs"
         lines.append(
