@@ -150,10 +150,11 @@ def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
             f"the median of all seeds with probability {sureness(seeds):.0%}.",
             "",
         ]
-    if spec.rates:
+    known = any(r in spec.rates.get(m, {}) for r in spec.rewards for m in spec.methods)
+    if known:
         lines += ["Learning rates that were known for method and reward were taken untried.", ""]
     if spec.searched:
-        which = "Others" if spec.rates else "Learning rates"
+        which = "Others" if known else "Learning rates"
         rates = ", ".join(f"{rate:g}" for rate in spec.search)
         trained_for = f"on {spec.search_reward}" if spec.search_reward else "and reward"
         further = f", and up to {spec.search_further} beyond an edge" if spec.search_further else ""
