@@ -663,8 +663,9 @@ def test_our_own_methods_are_no_rivals():
     gains = {**own, "refl": [2.0]}
     results = results_of({"clip": gains})
     assert figures.best_rival(results, "clip")[0] == "refl"
-    (said,) = report.verdict(results, "clip")
-    assert said.startswith("- thinned:calls=4 against the best rival, refl: gain ratio 1.50")
+    said = report.verdict(results, "clip")
+    assert said[0].startswith("- thinned:calls=4 against the best rival, refl: gain ratio 1.50")
+    assert [line.split(" against ")[0][2:] for line in said] == list(own)
 
 
 def test_ratios_that_mean_nothing_are_not_given():
