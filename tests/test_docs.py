@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from shortft.compare.figures import names_shown
+from shortft.compare.spec import RATES
 from shortft.methods.catalog import METHODS, VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,17 @@ def test_figures_of_comparisons_are_those_of_the_runs():
                 wrong.append((method, column, figure))
     assert wrong == []
     assert checked > 700
+
+
+@pytest.mark.parametrize("of", ["text", "symmetry", "compressibility", "mix"])
+def test_rates_of_the_full_comparison_are_those_of_the_runs(of: str):
+    file = ROOT / "docs" / "results" / f"every-method-{of}.csv"
+    with file.open(encoding="utf-8") as lines:
+        runs = [run for run in csv.DictReader(lines) if run["prompts"] == "held-out"]
+    assert len(runs) >= 27
+    for run in runs:
+        (name,) = names_shown([run["method"]]).values()
+        assert RATES[name][run["reward"]] == float(run["learning_rate"])
 
 
 def scores_of_methods(files: Sequence[str]) -> dict[str, set[float]]:
