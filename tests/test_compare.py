@@ -384,6 +384,29 @@ def test_every_method_of_ours_that_leads_is_told_and_shortft_always():
     assert [line[:11] for line in report.verdict(results, "clip")] == ["- thinned a"]
 
 
+def test_what_tunes_the_base_is_also_compared_among_itself():
+    """A tuned few-step model is another model: ours may lose to it and lead the others."""
+    tuned = {"tune_shortcut": [0.75], "tune_shortcut on the plain chain": [0.5]}
+    results = results_of({"clip": {"jumps": [0.6], "refl": [0.4], **tuned, "shortft": [0.3]}})
+    for method in tuned:
+        results["clip", method][0]["plain_chain"] = {}
+    told = [line.partition("; ")[0] for line in report.verdict(results, "clip")]
+    assert told == [
+        "- jumps against the best rival, tune_shortcut: gain ratio 0.80",
+        "- shortft against the best rival, tune_shortcut: gain ratio 0.40",
+        "- jumps against the best rival that tunes the base, refl: gain ratio 1.50",
+        "- shortft against the best rival that tunes the base, refl: gain ratio 0.75",
+    ]
+    first, _, second = "\n".join(report.overall(results, ["clip"])).partition("tune the base")
+    assert "| jumps | 0.80 | 0.80 (2) |" in first
+    assert "| jumps | 1.50 | 1.50 (1) |" in second
+    assert "| tune_shortcut |" in first
+    assert "tune_shortcut" not in second
+    alone = {pair: runs for pair, runs in results.items() if pair[1] != "refl"}
+    assert len(report.verdict(alone, "clip")) == 2
+    assert "tune the base" not in "\n".join(report.overall(alone, ["clip"]))
+
+
 @pytest.mark.parametrize(
     ("count", "ends", "sure"), [(3, (0, 2), 0.75), (8, (0, 7), 0.992), (9, (1, 7), 0.961)]
 )
@@ -501,6 +524,8 @@ def test_known_rates_are_taken_untried(base, trained):
         num_prompts=6,
     )
     shop = workshop(base, spec)
+    assert shop.learning_rate("symmetry", "refl") == 3e-3  # not None: nothing to wait for
+    assert shop.learning_rate("compressibility", "refl") is None
     compare_runs.run_all(shop, pretended, lambda _: None)
     trials = [job for job in trained if job.search]
     assert {(job.reward, job.method) for job in trials} == {("compressibility", "refl")}
@@ -723,11 +748,16 @@ def test_mistakes(given: dict[str, Any], message: str):
     assert message in str(caught.value)
 
 
-def test_unknown_methods_are_told_before_anything_is_written(base, capsys):
+def test_unknown_methods_are_told_before_anything_is_written(base, capsys, monkeypatch):
     code = main(["compare", "--methods", "draft", "--output-dir", str(base.output_dir)])
     assert code == 2
     assert "--methods draft: unknown; did you mean" in capsys.readouterr().err
     assert not base.output_dir.exists()
+
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("a comparison started")
+
+    monkeypatch.setattr("shortft.compare.command.compare_command", started)
     assert main(["compare", "--seed", "1"]) == 2
     assert "give --seeds" in capsys.readouterr().err
     assert main(["compare", "--learning-rate", "1e-3", "--output-dir", str(base.output_dir)]) == 2

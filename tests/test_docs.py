@@ -10,8 +10,8 @@ from statistics import median
 
 import pytest
 
-from shortft.compare.figures import names_shown
-from shortft.compare.spec import RATES
+from shortft.compare.figures import PLAIN_CHAIN, is_rival, names_shown
+from shortft.compare.spec import RATES, REWARDS
 from shortft.methods.catalog import METHODS, VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -33,11 +33,12 @@ def test_links_between_pages_lead_somewhere(page: str):
             assert (ROOT / "docs" / target).exists(), target
 
 
-def test_figures_of_comparisons_are_those_of_the_runs():
+@pytest.mark.parametrize(("page", "least"), [("comparisons", 200), ("earlier-comparisons", 400)])
+def test_figures_of_comparisons_are_those_of_the_runs(page: str, least: int):
     """Each score in a table on a method is, rounded, a run's or a median of runs linked there."""
-    page = (ROOT / "docs" / "comparisons.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     checked, wrong = 0, []
-    for section in re.split(r"\n(?=## )", page):
+    for section in re.split(r"\n(?=## )", text):
         runs = scores_of_methods(re.findall(r"results/[\w-]+\.csv", section))
         for method, column, figure in figures_in_tables(section) if runs else ():
             checked += 1
@@ -45,18 +46,79 @@ def test_figures_of_comparisons_are_those_of_the_runs():
             if not any(abs(float(figure) - score) <= most for score in runs.get(method, ())):
                 wrong.append((method, column, figure))
     assert wrong == []
-    assert checked > 700
+    assert checked > least
 
 
-@pytest.mark.parametrize("of", ["text", "symmetry", "compressibility", "mix"])
-def test_rates_of_the_full_comparison_are_those_of_the_runs(of: str):
-    file = ROOT / "docs" / "results" / f"every-method-{of}.csv"
-    with file.open(encoding="utf-8") as lines:
-        runs = [run for run in csv.DictReader(lines) if run["prompts"] == "held-out"]
-    assert len(runs) >= 27
-    for run in runs:
-        (name,) = names_shown([run["method"]]).values()
-        assert RATES[name][run["reward"]] == float(run["learning_rate"])
+def test_the_full_comparison_ran_at_its_rates():
+    rates = {(r, method): rate for method, of in RATES.items() for r, rate in of.items()}
+    runs = [run for run in runs_of("full") if not run["method"].endswith(PLAIN_CHAIN)]
+    assert {(run["reward"], run["method"]): float(run["learning_rate"]) for run in runs} == rates
+    assert len(runs) == 3 * len(rates)
+
+
+def test_gains_at_a_glance_are_those_of_the_runs():
+    """Ratios to the best rival that tunes the base; bold where all of ours gain more than any."""
+    gains = gains_of("full", "nine-seeds")
+    rows = ratios_at_a_glance()
+    for (name, seeds), cells in rows.items():
+        for reward, cell in zip(REWARDS, cells, strict=True):
+            if not cell:
+                continue
+            rivals = [
+                runs
+                for (r, method, count), runs in gains.items()
+                if (r, count) == (reward, seeds)
+                and is_rival(method)
+                and not method.startswith("tune_shortcut")
+            ]
+            own = gains[reward, name, seeds]
+            ratio = median(own) / max(map(median, rivals))
+            text = f"{ratio:.2f}" if ratio > 0 else "below 0"
+            above_all = not is_rival(name) and min(own) > max(map(max, rivals))
+            assert cell == (f"**{text}**" if above_all else text), (name, reward)
+    assert {name for name, _ in rows} == {method for _, method, _ in gains}
+
+
+def test_the_ratios_of_readme_are_those_at_a_glance():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"(?m)^\|((?: \d\.\d\d \|){4})$", readme)
+    rows = ratios_at_a_glance()
+    best_known = [
+        nine or three for nine, three in zip(rows["jumps", 9], rows["jumps", 3], strict=True)
+    ]
+    assert row.strip(" |").split(" | ") == [cell.strip("*") for cell in best_known]
+
+
+def ratios_at_a_glance() -> dict[tuple[str, int], list[str]]:
+    """The cells of each row of the first table of comparisons, by the method and its seeds."""
+    page = (ROOT / "docs" / "comparisons.md").read_text(encoding="utf-8")
+    table = page[page.index("| method | text alignment |") :].partition("\n\n")[0]
+    rows = {}
+    for line in table.splitlines()[2:]:
+        head, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name, more = re.fullmatch(r"`([^`]+)`(.*)", head).groups()
+        seeds = 9 if "nine seeds" in more else 3
+        plain = PLAIN_CHAIN if more.startswith(PLAIN_CHAIN) else ""
+        rows[name + plain, seeds] = cells
+    return rows
+
+
+def runs_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "docs" / "results" / f"{name}.csv").open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def gains_of(*names: str) -> dict[tuple[str, str, int], list[float]]:
+    """Gains of all seeds by reward, method without its rate, and number of seeds."""
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for name in names:
+        gains: dict[tuple[str, str], list[float]] = {}
+        for run in runs_of(name):
+            method = names_shown([run["method"]])[run["method"]]
+            gain = float(run["after"]) - float(run["before"])
+            gains.setdefault((run["reward"], method), []).append(gain)
+        found.update({(*pair, len(seeds)): seeds for pair, seeds in gains.items()})
+    return found
 
 
 def scores_of_methods(files: Sequence[str]) -> dict[str, set[float]]:

@@ -64,6 +64,11 @@ def is_rival(method: str) -> bool:
     return not (name.startswith("shortft") or own)
 
 
+def tuning_the_base(results: Results) -> Results:
+    """Without what tunes a few-step model instead: it makes another model."""
+    return {pair: runs for pair, runs in results.items() if "plain_chain" not in runs[0]}
+
+
 def by_gain(results: Results, reward: str) -> list[str]:
     """The methods that ran for a reward, the largest median gain first: a method's rank."""
     methods = [method for r, method in results if r == reward]

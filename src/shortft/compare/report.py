@@ -28,6 +28,7 @@ from shortft.compare.figures import (
     pairs_ahead,
     seconds_to_reach,
     sureness,
+    tuning_the_base,
 )
 from shortft.compare.jobs import Workshop, slug
 from shortft.drawing.files import write_atomic
@@ -197,13 +198,23 @@ def how_made(results: Results, command: str) -> list[str]:
 
 
 def overall(results: Results, rewards: Sequence[str]) -> list[str]:
-    """Every method's gain in units of the best rival's, per reward and in the mean."""
+    """Every method's gain in units of the best rival's; again among those that tune the base."""
+    lines = ["## All rewards", "", "Median gain / the best rival's (rank).", ""]
+    lines += ratios(results, rewards)
+    of_base = tuning_the_base(results)
+    if of_base != results and any(best_rival(of_base, reward) for reward in rewards):
+        lines += ["", "The same among those that tune the base model.", ""]
+        lines += ratios(of_base, rewards)
+    return lines
+
+
+def ratios(results: Results, rewards: Sequence[str]) -> list[str]:
+    """A table of gains in units of the best rival's, per reward and in the mean."""
     methods = list(dict.fromkeys(method for _, method in results))
     means = {method: mean_gain_ratio(results, rewards, method) for method in methods}
     methods.sort(key=lambda method: (means[method] is None, -(means[method] or 0)))
     head = ["method", "mean", *rewards]
-    lines = ["## All rewards", "", "Median gain / the best rival's (rank).", ""]
-    lines += [_line(head), _line(["---"] * len(head))]
+    lines = [_line(head), _line(["---"] * len(head))]
     for method in methods:
         cells = [method, ratio_text(means[method])]
         for reward in rewards:
@@ -217,7 +228,19 @@ def overall(results: Results, rewards: Sequence[str]) -> list[str]:
 
 
 def verdict(results: Results, reward: str) -> list[str]:
-    """How the best that is no rival, others that lead, and shortft stand against the best rival."""
+    """How the best that is no rival, others that lead, and shortft stand against the best rival.
+
+    Where that one tunes a few-step model, also against the best one that tunes the base.
+    """
+    of_base = tuning_the_base(results)
+    lines = against(results, reward, "the best rival")
+    if best_rival(results, reward) != best_rival(of_base, reward):
+        lines += against(of_base, reward, "the best rival that tunes the base")
+    return lines
+
+
+def against(results: Results, reward: str, which: str) -> list[str]:
+    """A line for each method that is told of; `which` says what the best rival is the best of."""
     rival = best_rival(results, reward)
     own = [m for m in by_gain(results, reward) if not is_rival(m)]
     if rival is None:
@@ -234,7 +257,7 @@ def verdict(results: Results, reward: str) -> list[str]:
         intervals = "are apart" if apart else "overlap" if ahead else "say it lost"
         pairs = f"{pairs_ahead(runs, rival[1])} of {len(runs) * len(rival[1])} pairs"
         lines.append(
-            f"- {method} against the best rival, {rival[0]}: gain ratio "
+            f"- {method} against {which}, {rival[0]}: gain ratio "
             f"{ratio_text(gain_ratio(results, reward, method))}; intervals over seeds {intervals}, "
             f"ahead in {pairs}; its final reward: {reached_text(results, reward, method)}."
         )

@@ -30,7 +30,7 @@ class Comparison:
         search_reward: the reward of every trial, whose rates then hold for all rewards; each
             reward's own if empty. AdamW takes the scale off a reward, so that rates carry over.
         search_minutes: training time of every trial; as long as a run if not given. Shorter trials
-            choose rates that are too high for the runs (docs/comparisons.md).
+            choose rates that are too high for the runs (docs/earlier-comparisons.md).
         looks: evaluations on the way, for the curves; with 0 there are none.
         num_prompts, noises: of the evaluation: held-out prompts, and pictures of each.
     """
@@ -100,14 +100,14 @@ RATES = {
         "shortft": (2e-3, 2e-3, 2e-3, 2e-3),
         "shortft_segments": (2e-3, 2e-3, 2e-3, 2e-3),
         "tune_shortcut:shortcut=unguided": (1e-3, 2e-3, 2e-3, 2e-3),
-        "draft_k": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "draft_k": (2e-3, 6e-3, 6e-3, 6e-3),
         "draft_lv": (3.5e-3, 6e-3, 6e-3, 6e-3),
-        "alignprop": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "alignprop": (2e-3, 6e-3, 6e-3, 6e-3),
         "refl": (3.5e-3, 6e-3, 6e-3, 6e-3),
         "drtune": (2e-3, 6e-3, 6e-3, 6e-3),
         "leapalign": (2e-3, 2e-3, 2e-3, 2e-3),
         "flowbp_sparse": (3.5e-3, 6e-3, 6e-3, 6e-3),
-        "flowbp_bridge": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "flowbp_bridge": (2e-3, 6e-3, 6e-3, 6e-3),
         "flowbp_lagrange": (3.5e-3, 6e-3, 6e-3, 6e-3),
         "full": (6e-3, 1.8e-2, 1.8e-2, 1.8e-2),
     }.items()
