@@ -90,7 +90,7 @@ REWARDS = (
 )
 
 # Rates for the embedded model and 1.5 minutes that searches chose for these four rewards, or what
-# was nearest to it (docs/comparisons.md says which are whose).
+# was nearest to it; three on clip were chosen on held-out prompts (docs/comparisons.md: Rates).
 RATES = {
     method: dict(zip(REWARDS, rates, strict=True))
     for method, rates in {
