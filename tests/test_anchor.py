@@ -47,6 +47,16 @@ def test_it_is_the_difference_of_predictions_from_the_same_latents(rig: Rig):
         assert float(drift.min()) > 0
 
 
+@pytest.mark.parametrize("method", ["jumps", "shortft", "tune_shortcut", "thinned"])
+def test_new_loras_have_not_drifted_whatever_network_they_are_on(settings, method: str):
+    shortcut = "plain" if method != "thinned" else "none"  # unguided: not the base's prediction
+    config = Config(**{**settings, "method": method, "shortcut": shortcut, "anchor": 1.0})
+    first, second = (Trainer(config).update()[1], Trainer(config))
+    assert first.drift == 0
+    second.update()
+    assert second.update()[1].drift > 0
+
+
 @pytest.mark.parametrize("stage", [1, 4])
 def test_its_gradient_equals_finite_differences(rig: Rig, stage: int):
     plan = shortft_plan(rig.schedule, K, stage)

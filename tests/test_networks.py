@@ -20,7 +20,9 @@ from shortft.networks import (
     stacked_view,
     view,
 )
+from shortft.optimizers import make_optimizer
 from shortft.plans import Step
+from shortft.step import change
 from test_chain import make_shortcut
 from tiny import randomise_loras, tiny_family
 
@@ -113,13 +115,14 @@ def test_frozen_layers_pass_gradient_to_their_input_only(nets: ModelNetworks, me
     assert all(p.grad is None for p in nets.parameters_of(1).values())
 
 
-def test_merged_loras_follow_every_change(nets: ModelNetworks):
+@pytest.mark.parametrize("optimizer_name", ["adamw", "adamw8bit"])
+def test_merged_loras_follow_every_change(nets: ModelNetworks, optimizer_name: str):
     names = [lora_name(1), lora_name(2)]
     branches = stacked_view(nets.base, nets._loras, names, frozen=True)
     merged = stacked_view(nets.base, nets._loras, names, frozen=True, merged=True)
     parameters = list(nets.parameters_of(2).values())
     before = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    optimizer = make_optimizer(optimizer_name, [parameters], learning_rate=0.1, weight_decay=0.01)
     seen = []
     try:
         for _ in range(2):
@@ -128,7 +131,7 @@ def test_merged_loras_follow_every_change(nets: ModelNetworks):
                 torch.testing.assert_close(seen[-1], call(nets, branches), atol=1e-5, rtol=1e-5)
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
+            change(optimizer)
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)

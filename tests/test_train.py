@@ -18,9 +18,10 @@ from shortft.config import Config
 from shortft.errors import UserError
 from shortft.kept import keep, restore, write_adapter
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
+from shortft.out_of_memory import advice, savings
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import sample_seed
-from shortft.train import train
+from shortft.train import FREE, train
 from shortft.trainer import MAX_SKIPPED, Trainer, stage_bounds
 
 
@@ -253,6 +254,47 @@ def test_a_run_whose_chain_was_cut_otherwise_is_not_resumed(settings):
     saved.state["cut_by"] = "span"
     with pytest.raises(UserError, match="cut into segments by span, and would now be by time"):
         restore(Trainer(config), saved)
+
+
+def test_a_run_whose_jumps_ran_otherwise_is_not_resumed(settings):
+    config = Config(**{**settings, "method": "jumps", "shortcut": "plain", "updates": 1})
+    train(config)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    restore(Trainer(config), saved)
+    other = Trainer(config.model_copy(update={"shortcut": "none"}))
+    with pytest.raises(UserError, match="by --shortcut plain, and would now be by --shortcut none"):
+        restore(other, saved)
+    restore(other, saved, allow_change=True)
+    saved.state["jumps_by"] = ["file", 5.0, 0.125]  # the same file, run otherwise
+    with pytest.raises(UserError, match=r"a few-step LoRA with guidance 5\.0 and scale 0\.125"):
+        restore(Trainer(config), saved)
+    del saved.state["jumps_by"]  # older
+    restore(other, saved)
+
+
+def test_what_saves_memory_is_what_a_resume_allows(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("shortft.out_of_memory.devices", lambda: [SimpleNamespace(bf16=True)])
+    config = Config(**settings).model_copy(update={"merge": True, "reward": "pickscore"})
+    ways = savings(config)
+    assert {"--recompute", "--guidance-grad positive", "--no-merge"} < ways.keys()
+    assert {"--optimizer adamw8bit", "--reward-device offload"} < ways.keys()
+    told = advice(config, 2)
+    for option in ways:
+        free = option.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_") in FREE
+        assert f"{option}{'' if free else ' --allow-change'} (" in told
+
+
+def test_a_run_goes_on_with_another_optimizer(settings):
+    config = Config(**{**settings, "updates": 1})
+    train(config)
+    other = config.model_copy(update={"optimizer": "adamw8bit", "updates": 2})
+    with pytest.raises(UserError, match="--optimizer adamw8bit: the run to resume has adamw;"):
+        train(other, resume=True)
+    train(other, resume=True, allow_change=True)
+    train(config.model_copy(update={"updates": 3}), resume=True, allow_change=True)
+    log = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert sum("grad_norm" in line for line in log) == 3
 
 
 def test_a_changed_setting_is_shown_and_needs_leave(settings):

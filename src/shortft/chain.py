@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shortft.plans import Plan, Step
+from shortft.plans import Net, Plan, Step
 from shortft.schedule import Schedule, jump, jump_to_x0, x0_at
 
 
@@ -47,8 +47,8 @@ def run_chain(
         observe: called with each point and the latents that reach it, point 0 included.
         observe_leap: called with (B,) the mean distance by which each pinned call misses.
         observe_drift: called with (B,) the mean squared difference between the prediction of each
-            call that trains and the base's from the same latents, differentiable in both. The base
-            is called once more for each.
+            call that trains and that of its network without LoRAs (the base, or the shortcut) from
+            the same latents, differentiable in both. That network is called once more for each.
 
     Returns:
         (B, …) where the plan's reward looks: the end of the chain, or the last x0 prediction;
@@ -80,8 +80,9 @@ def run_chain(
                 return call(seen, step)
         prediction = keep(seen, step)
         if observe_drift and step.trains:
-            base = keep(seen, replace(step, net="base", adapters=0, trains=False))
-            observe_drift((prediction - base).square().flatten(1).mean(1))
+            net: Net = "shortcut" if step.net == "shortcut" else "base"
+            untuned = keep(seen, replace(step, net=net, adapters=0, trains=False))
+            observe_drift((prediction - untuned).square().flatten(1).mean(1))
         return scale_grad(prediction, step.gain)
 
     previous = latents, latents, 0  # of the call before: its input, its prediction, its point

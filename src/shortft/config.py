@@ -196,8 +196,8 @@ class Config(BaseModel):
     anchor: float = Field(
         0.0,
         ge=0,
-        description="Weight of a penalty on the mean squared difference between the predictions of "
-        "policy and base at the calls that train, against over-optimisation; 0 = none.",
+        description="Weight of a penalty on the mean squared difference between predictions with "
+        "and without LoRAs at the calls that train, against over-optimisation; 0 = none.",
     )
     ema: float = Field(
         0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -56,6 +56,7 @@ def keep(trainer: Trainer, log_bytes: int) -> None:
         "tripped": trainer.tripped,
         "splits": trainer.splits,
         "cut_by": trainer.schedule.cut_by,
+        "jumps_by": trainer.jumps_by,
     }
     save_checkpoint(
         trainer.config.output_dir / "checkpoints",
@@ -97,16 +98,25 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
             f"{trainer.schedule.cut_by}, so that LoRAs would act at other timesteps; start a new "
             "run in another --output-dir"
         )
+    jumps_by = state.get("jumps_by", trainer.jumps_by)
+    if jumps_by != trainer.jumps_by and not allow_change:
+        raise UserError(
+            f"--resume: the run's jumps were by {_words(jumps_by)}, and would now be by "
+            f"{_words(trainer.jumps_by)}; use the same --shortcut, pass --allow-change, or start a "
+            "new run in another --output-dir"
+        )
+    before = parse_yaml(str(state["config"]), "--resume: the checkpoint's configuration")
+    same_optimizer = before.get("optimizer", config.optimizer) == config.optimizer
     for number in trainer.numbers:
         copy_state(trainer.nets, number, saved.tensors[f"lora_{number}"])
-        flat = saved.tensors[f"optimizer_{number}"]
+        # Another optimizer (--allow-change) starts anew.
+        flat = saved.tensors[f"optimizer_{number}"] if same_optimizer else {}
         for name, parameter in trainer.nets.parameters_of(number).items():
             prefix = f"{name}/"
             kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
             if kept:
                 set_state(trainer.optimizer, parameter, kept)
     trainer.average.restore(saved.tensors)
-    before = parse_yaml(str(state["config"]), "--resume: the checkpoint's configuration")
     now = config.model_dump(mode="json")
     if all(before.get(name) == now[name] for name in MEASURED_BY):
         if "best_1" in saved.tensors:
@@ -123,6 +133,15 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
     share = splits * trainer.accelerator.num_processes
     if config.split_on_out_of_memory and splits > trainer.splits and not config.batch_size % share:
         trainer.splits = splits
+
+
+def _words(jumps_by: Sequence[object] | None) -> str:
+    if not jumps_by:
+        return "none"
+    kind, guidance_scale, scale = jumps_by
+    if kind != "file":
+        return f"--shortcut {kind}"
+    return f"a few-step LoRA with guidance {guidance_scale} and scale {scale}"
 
 
 def keep_best(trainer: Trainer) -> None:

@@ -15,6 +15,9 @@ from shortft.preflight.machine import devices
 from shortft.rewards.places import reward_places
 from shortft.rewards.spec import scorers
 
+# Savings that give other updates, which a resumed run must ask for.
+NEED_LEAVE = {"--guidance-grad", "--precision", "--decoder", "--optimizer"}
+
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
@@ -56,12 +59,15 @@ def savings(config: Config) -> dict[str, str]:
 
 def advice(config: Config, micro_batch: int) -> str:
     """The message when memory ran out: which options save how much."""
-    ways = [f"{option} ({what})" for option, what in savings(config).items()]
-    listed = ", ".join(ways) or "a smaller --rank, or a smaller model"
-    return (
-        f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
-        f"nothing is lost, go on by --resume with {listed}"
+    ways = savings(config)
+    found = f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
+    if not ways:
+        return f"{found}start a new run with a smaller --rank, or a smaller model"
+    listed = ", ".join(
+        f"{option}{' --allow-change' if option.split()[0] in NEED_LEAVE else ''} ({what})"
+        for option, what in ways.items()
     )
+    return f"{found}nothing is lost, go on by --resume with {listed}"
 
 
 @contextmanager

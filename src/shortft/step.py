@@ -37,7 +37,7 @@ class Batch:
 class Outcome:
     """What a step did: mean reward, its parts, and the gradient norm before clipping.
 
-    `drift` is the mean squared difference from the base's predictions, where there is an anchor.
+    `drift` is the mean squared difference from predictions without LoRAs, where there is an anchor.
     """
 
     reward: float
@@ -68,7 +68,7 @@ def train_step(
 
     Args:
         inference: the policy's true chain, run first for plans that need its states.
-        anchor: weight of the penalty on the difference from the base's predictions.
+        anchor: weight of the penalty on the difference from predictions without LoRAs.
         reward_seconds: limit of one call of a reward.
         commit: called just before anything is changed.
 
@@ -144,12 +144,15 @@ def change(optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's step, which must never be repeated or saved where it failed halfway."""
     try:
         optimizer.step()
+        # Folded layers go by autograd's counts of changes, past which bitsandbytes writes.
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])
     except (MemoryError, RuntimeError) as error:
         why = "out of memory" if ran_out(error) else f"it failed ({' '.join(str(error).split())})"
         raise Torn(
             f"optimizer: {why} while weights were being changed, so that this update is not kept; "
-            "go on by --resume from the last checkpoint, with a smaller --rank, --optimizer "
-            "adamw8bit or --recompute if memory is short"
+            "go on by --resume from the last checkpoint; if memory is short with --recompute, or "
+            "with --optimizer adamw8bit --allow-change"
         ) from error
 
 

@@ -34,7 +34,7 @@ from shortft.rewards.combine import WeightedSum
 from shortft.sampling import check_segments, generate
 from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
-from shortft.shortcuts import Shortcut, find_shortcut
+from shortft.shortcuts import BASE_JUMPS, Shortcut, find_shortcut
 from shortft.step import Batch, Outcome, train_step
 
 MAX_SKIPPED = 10
@@ -109,6 +109,12 @@ class Trainer:
         for stage in range(1, self.stages + 1):
             if not self.plan(0, stage).grad_calls:
                 raise UserError(f"--method {config.method}: no step of its plan carries gradient")
+        # How jumps run, which a shortcut's file alone does not say; None without a shortcut.
+        self.jumps_by = method.shortcut and [
+            config.shortcut if config.shortcut in BASE_JUMPS else "file",
+            config.shortcut_guidance_scale or shortcut.guidance_scale,
+            config.shortcut_scale or shortcut.scale,
+        ]
         scale = config.guidance_scale
         self.guidance_scale = self.family.default_guidance_scale if scale is None else scale
         self.nets = ModelNetworks(
