@@ -10,6 +10,10 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,11 @@ from shortft.compare import charts, figures, report
 from shortft.compare import runs as compare_runs
 from shortft.compare.command import compare_command
 from shortft.compare.jobs import RESULT, Job, Workshop, read_result, slug
-from shortft.compare.runs import CLAIM, claim
+from shortft.compare.runs import CLAIM
 from shortft.compare.spec import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
-from shortft.errors import UserError
+from shortft.errors import NotFinite, Stopped, UserError
+from shortft.interrupts import Interrupts
 from shortft.preflight import machine
 from tiny import save_tiny
 
@@ -92,7 +97,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Runs that only evaluate; returns the jobs in the order in which they were run."""
     order: list[Job] = []
 
-    def run(config: Config, job: Job, evaluate_run: Any) -> None:
+    def run(config: Config, job: Job, evaluate_run: Any, claim: int | None) -> None:
         order.append(job)
         result = {
             "method": job.method,
@@ -258,21 +263,105 @@ def test_every_spec_has_a_folder_of_its_own_inside_the_output(base, tmp_path: Pa
         assert job.folder.resolve().is_relative_to(root.resolve())
 
 
-def test_a_claim_holds_while_its_process_lives(tmp_path: Path):
-    folder = tmp_path / "job"
-    assert claim(folder)
-    assert not claim(folder)  # ours, and we live
-    (folder / CLAIM).unlink()
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    import socket
+def test_a_run_is_left_alone_while_its_process_or_its_training_lives(base):
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, num_prompts=6))
+    (job,) = shop.jobs()
+    announced: list[Job] = []
 
-    (folder / CLAIM).write_text(f"{socket.gethostname()} {pid}")
-    assert claim(folder)  # its process is gone
-    (folder / CLAIM).write_text("elsewhere 1")
-    assert not claim(folder)  # another machine: not ours to judge
+    def tried() -> bool:
+        return compare_runs.run_if_free(shop, job, pretended, announced.append)
+
+    holder = (
+        "import subprocess, sys; from pathlib import Path; from shortft.lock import locked\n"
+        "with locked(Path(sys.argv[1])) as claim:\n"
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=(claim,))\n"
+        "    print(child.pid, flush=True); child.wait()"
+    )
+    job.folder.mkdir(parents=True)
+    command = [sys.executable, "-c", holder, str(job.folder / CLAIM)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        training = int(process.stdout.readline())
+        assert not tried()
+        process.kill()
+        process.wait()
+        assert not tried()  # its training goes on
+        os.kill(training, signal.SIGKILL)
+    (job.folder / RESULT).write_text("{}")  # done by then
+    while not tried():
+        time.sleep(0.01)  # until the kernel has buried it
+    assert not announced
+    (job.folder / CLAIM).write_text("")  # a file alone claims nothing
+    assert tried()
+
+
+def test_a_comparison_grows_by_methods_that_bring_no_rate_or_do(base):
+    plain, rated = ("refl",), ("draft_k:learning_rate=1e-2",)
+    for first, second in ((plain, rated), (rated, plain)):
+        here = base.model_copy(update={"output_dir": base.output_dir / first[0].replace(":", "-")})
+        for methods in (first, first + second, second, first):
+            workshop(here, Comparison(methods, ("symmetry",), 1, num_prompts=6))
+        other = here.model_copy(update={"learning_rate": 0.5})
+        with pytest.raises(UserError, match="another learning_rate"):
+            workshop(other, Comparison(plain, ("symmetry",), 1, num_prompts=6))
+
+
+def test_a_comparison_of_other_prompts_or_another_own_reward_is_refused(base, tmp_path: Path):
+    own = tmp_path / "own.py"
+    own.write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = f"{own}:bright"
+    spec = Comparison(("refl",), ("symmetry",), 1, num_prompts=6)
+    workshop(base, spec)
+    both = dataclasses.replace(spec, rewards=("symmetry", reward))
+    workshop(base, both)
+    own.write_text("def bright(images, prompts):\n    return -images.mean((1, 2, 3))\n")
+    workshop(base, spec)
+    with pytest.raises(UserError, match=r"file of --rewards .*own.py:bright changed"):
+        workshop(base, both)
+    for file in (base.sample_from, base.prompts):
+        before = Path(file).read_text()
+        Path(file).write_text(before.replace("0", "4711"))
+        with pytest.raises(UserError, match=r"the prompts, .* changed since its first runs"):
+            workshop(base, spec)
+        assert "4711" not in (base.output_dir / "prompts" / "held_out.txt").read_text()
+        Path(file).write_text(before)
+    workshop(base, spec)
+
+
+def test_a_score_that_is_not_finite_ends_a_run_by_name_and_a_trial_as_the_worst(
+    base, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(compare_runs, "_training", lambda *_: 0)
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, search=(1e-3, 1e-2)))
+
+    def blank(job: Job, config: Config) -> dict[str, Any]:
+        if not job.search or job.learning_rate > 1e-3:
+            raise NotFinite("reward symmetry: its score of a picture of 'x' is nan")
+        return pretended(job, config)
+
+    with pytest.raises(UserError, match=r"refl.seed-0: reward symmetry: its score"):
+        compare_runs.run_all(shop, blank, lambda _: None)
+    assert "nan" in read_result(next(t for t in shop.trials() if t.learning_rate > 1e-3))["failed"]
+    assert shop.learning_rate("symmetry", "refl") == 1e-3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_comparison_asks_its_training_to_end(number, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compare_runs, "PATIENCE", 0.1)  # the signal reaches this process alone
+    child = (
+        "import os, signal, sys, time\n"
+        "def end(*_):\n    print('checkpoint'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"os.kill(os.getppid(), {int(number)})\ntime.sleep(60)"
+    )
+    with (
+        (tmp_path / "log").open("w") as log,
+        pytest.raises(Stopped) as stop,
+        Interrupts(immediate=True),
+    ):
+        compare_runs._training([sys.executable, "-c", child], log, ())
+    assert stop.value.signal == number
+    assert (tmp_path / "log").read_text() == "checkpoint\n"
 
 
 def test_report(base, trained):
@@ -616,13 +705,13 @@ def test_a_wrong_rate_of_its_own_is_told_at_once(base, rate):
 def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatch):
     words = "error: --reward symmetry: 10 updates in a row had a reward that is not finite"
 
-    def train(command: list[str], stdout: Any, **_: Any) -> Any:
+    def train(command: list[str], log: Any, descriptors: tuple[int, ...]) -> int:
         rate = load_config(Path(command[4])).learning_rate
         assert command[5:] == ["--auto-resume"]
-        stdout.write(words if rate > 1e-2 else "")
-        return type("Done", (), {"returncode": 2 if rate > 1e-2 else 0})
+        log.write(words if rate > 1e-2 else "")
+        return 2 if rate > 1e-2 else 0
 
-    monkeypatch.setattr(compare_runs.subprocess, "run", train)
+    monkeypatch.setattr(compare_runs, "_training", train)
     methods, search = ("shortft", "refl"), (1e-3, 1e-2, 1e-1)
     shop = workshop(base, Comparison(methods, ("symmetry",), 1, search=search, num_prompts=6))
     compare_runs.run_all(shop, pretended, lambda _: None)

@@ -13,6 +13,10 @@ class Torn(UserError):
     """Something failed while weights were being changed: this state must not be saved."""
 
 
+class NotFinite(UserError):
+    """A measured score is not a finite number."""
+
+
 class Stopped(BaseException):
     """A signal asked the run to stop; it did so at a safe place.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shortft.assets import prompts_for
-from shortft.errors import UserError
+from shortft.errors import NotFinite, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
 from shortft.inputs import read_prompts
@@ -70,6 +71,9 @@ def evaluate(
 
     Returns:
         The figures, each with 95 % bootstrap intervals over prompts, and the pictures.
+
+    Raises:
+        NotFinite: if a score is not a finite number.
     """
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
     nets, schedule, plan = load_tuned(
@@ -91,7 +95,10 @@ def evaluate(
     cond = family.encode(repeated)
     after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
-    scored = [_in_batches(reward, images, repeated, family) for images in (before, after)]
+    scored = [
+        _finite(reward.name, _in_batches(reward, images, repeated, family), repeated)
+        for images in (before, after)
+    ]
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
@@ -103,7 +110,10 @@ def evaluate(
     }
     scorer = held_out_scorer(family.source, family.device)
     if scorer is not None:
-        held_out = [_in_batches(scorer, images, repeated, family) for images in (before, after)]
+        held_out = [
+            _finite("held-out", _in_batches(scorer, images, repeated, family), repeated)
+            for images in (before, after)
+        ]
         figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
         embed = scorer.embed_images
 
@@ -162,6 +172,16 @@ def _in_batches(
         for i in range(0, len(images), size)
     ]
     return torch.cat(parts)
+
+
+def _finite(name: str, scores: Tensor, prompts: list[str]) -> Tensor:
+    for score, prompt in zip(scores.tolist(), prompts, strict=True):
+        if not math.isfinite(score):
+            raise NotFinite(
+                f"reward {name}: its score of a picture of {prompt!r} is {score}, not a finite "
+                "number; mend the reward, or see whether the picture is one"
+            )
+    return scores
 
 
 def _compared(name: str, before: Tensor, after: Tensor, seeds: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from shortft.compare.runs import run_all
 from shortft.compare.spec import Comparison
 from shortft.config import Config
 from shortft.errors import UserError
+from shortft.interrupts import Interrupts
 
 
 def compare_command(
@@ -47,10 +48,11 @@ def compare_command(
         "evaluation come on top",
         highlight=False,
     )
-    run_all(
-        workshop,
-        evaluator(workshop),
-        lambda text: console.print(text, markup=False, highlight=False),
-    )
+    with Interrupts(immediate=True):
+        run_all(
+            workshop,
+            evaluator(workshop),
+            lambda text: console.print(text, markup=False, highlight=False),
+        )
     for path in write_report(workshop, command):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)

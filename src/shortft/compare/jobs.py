@@ -16,6 +16,7 @@ from shortft.compare.spec import Comparison
 from shortft.config import Config, load_config
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
+from shortft.fingerprint import fingerprint
 from shortft.inputs import read_prompts
 from shortft.methods.catalog import has_own_rate, variant_settings
 from shortft.precision import settled
@@ -68,35 +69,52 @@ class Workshop:
         Methods, rewards and seeds may be others than before, since every run stands for itself.
 
         Raises:
-            UserError: if it holds a comparison with other settings.
+            UserError: if it holds a comparison with other settings, prompts or models.
         """
         wanted = json.loads(json.dumps(asdict(self.comparison)))
         own = OWN.copy()
         if self.comparison.search or not self.comparison.without_rate:
             own.add("learning_rate")
         wanted["base"] = self.base.model_dump(mode="json", exclude=own)
+        listed = (
+            read_prompts(self.base.prompts)
+            if self.base.prompts
+            else prompts_for(self.base.model, "train")
+        )
+        held_out = self.held_out_prompts()
+        rewards = {reward: config for (reward, _), config in self.configs.items()}
+        wanted["inputs"] = {
+            reward: fingerprint(config, [*listed, *held_out], None)
+            for reward, config in rewards.items()
+        }
         found = self._found()
         if found:
             # A setting that is younger than the folder had its default value there.
             then = {**Config().model_dump(mode="json"), **found.get("base", {})}
-            before = {"rates": {}, **found, **{name: then[name] for name in wanted["base"]}}
+            if "learning_rate" not in found.get("base", {}):  # no run took it
+                del then["learning_rate"]
+            before = {"rates": {}, **found, **{n: then[n] for n in wanted["base"] if n in then}}
             now = {**wanted, **wanted["base"]}
-            free = ("methods", "rewards", "seeds", "base")
+            free = {"methods", "rewards", "seeds", "base", "inputs"}
+            free |= wanted["base"].keys() - then.keys()
             for name in (n for n in now if n not in free and before.get(n) != now[n]):
                 raise UserError(
                     f"--output-dir {self.root}: holds a comparison with another {name} "
                     f"({_brief(before.get(name))}, not {_brief(now[name])}); use the same "
                     "settings, or another folder"
                 )
-        listed = (
-            read_prompts(self.base.prompts)
-            if self.base.prompts
-            else prompts_for(self.base.model, "train")
-        )
+            inputs = found.get("inputs", {})
+            for reward in (r for r, now in wanted["inputs"].items() if inputs.get(r, now) != now):
+                raise UserError(
+                    f"--output-dir {self.root}: the prompts, a local model or a file of --rewards "
+                    f"{reward} changed since its first runs; restore them, or use another folder"
+                )
+            wanted["inputs"] = {**inputs, **wanted["inputs"]}
+            if "learning_rate" in then:  # of earlier runs, if of none now
+                wanted["base"].setdefault("learning_rate", then["learning_rate"])
         # Every tenth training prompt is kept for the learning-rate search, the same in all runs.
         self._write_prompts("validation", listed[::10])
         self._write_prompts("train", [p for i, p in enumerate(listed) if i % 10])
-        held_out = self.held_out_prompts()
         self._write_prompts("held_out", held_out)
         write_atomic(self.kept, (json.dumps(wanted, indent=2) + "\n").encode())
 

@@ -139,9 +139,9 @@ def markdown(workshop: Workshop, results: Results, command: str = "") -> str:
         "# Methods at equal training time",
         "",
         f"{seeds} seed(s), {spec.minutes:g} minutes of training each ({clock}; sampling, "
-        "evaluation and loading not counted), the same LoRA rank, optimizer and batch; measured "
-        f"on {spec.num_prompts} held-out prompts × {spec.noises} noises, by the plain chain; a "
-        "tuned shortcut by its own as well.",
+        "evaluation and loading not counted), the same LoRA rank, optimizer and batch but for what "
+        f"a name says; measured on {len(workshop.held_out_prompts())} held-out prompts × "
+        f"{spec.noises} noises, by the plain chain; a tuned shortcut by its own as well.",
         "",
     ]
     if seeds > 1:

@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import IO, Any
 
 from shortft.compare.jobs import RESULT, Job, Workshop
 from shortft.config import Config, to_yaml
 from shortft.drawing.files import write_atomic
-from shortft.errors import UserError
+from shortft.errors import NotFinite, Stopped, UserError
+from shortft.lock import Taken, locked
 
 CLAIM, LOG = ".claim", "train.log"
+PATIENCE = 30.0  # seconds for a checkpoint
+Evaluate = Callable[[Job, Config], dict[str, Any]]
 
 
-def run_all(
-    workshop: Workshop,
-    evaluate_run: Callable[[Job, Config], dict[str, Any]],
-    report: Callable[[str], None],
-) -> None:
+def run_all(workshop: Workshop, evaluate_run: Evaluate, report: Callable[[str], None]) -> None:
     """Do what is left of a comparison, together with other processes at it."""
     waited = False
     while not workshop.finished():
-        jobs = list(workshop.jobs())
-        left = [job for job in jobs if not job.done]
-        for job in left:
-            if claim(job.folder):
-                waited = False
-                try:
-                    if not job.done:
-                        kind = "trial" if job.search else f"seed {job.seed}"
-                        report(
-                            f"{job.reward}, {job.method}, {kind}, learning rate "
-                            f"{job.learning_rate:g}: {len(left)} runs left"
-                        )
-                        run_job(workshop.config(job), job, evaluate_run)
-                finally:
-                    (job.folder / CLAIM).unlink(missing_ok=True)
-                break
+        left = [job for job in workshop.jobs() if not job.done]
+
+        def announce(job: Job, count: int = len(left)) -> None:
+            kind = "trial" if job.search else f"seed {job.seed}"
+            report(
+                f"{job.reward}, {job.method}, {kind}, learning rate {job.learning_rate:g}: "
+                f"{count} runs left"
+            )
+
+        if any(run_if_free(workshop, job, evaluate_run, announce) for job in left):
+            waited = False
         else:
             if not waited:
                 report(f"waiting for {len(left)} runs of other processes")
@@ -51,10 +44,27 @@ def run_all(
             time.sleep(2)
 
 
-def run_job(
-    config: Config, job: Job, evaluate_run: Callable[[Job, Config], dict[str, Any]]
-) -> None:
+def run_if_free(
+    workshop: Workshop, job: Job, evaluate_run: Evaluate, announce: Callable[[Job], None]
+) -> bool:
+    """Do a run, if no other process is at it; whether it is done now."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(job.folder / CLAIM) as claim:
+            if not job.done:
+                announce(job)
+                run_job(workshop.config(job), job, evaluate_run, claim)
+    except Taken:
+        return False
+    return True
+
+
+def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None = None) -> None:
     """Train in a process of its own (its memory is measured), then evaluate.
+
+    Args:
+        claim: descriptor of the run's lock, which the training holds as well: if this process is
+            killed alone, nobody else takes the run before it ends.
 
     Raises:
         UserError: if the training failed; its last words are given.
@@ -63,17 +73,23 @@ def run_job(
     write_atomic(settings, to_yaml(config).encode())
     command = [sys.executable, "-m", "shortft", "train", str(settings), "--auto-resume"]
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = _training(command, log, () if claim is None else (claim,))
     if code:
         text = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
         words = text.splitlines()[-1] if text else ""
-        if job.search and "updates in a row" in words:  # a rate too high to train with: the worst
-            failed = {"failed": words, "reward": {"before": None, "after": None}}
-            write_atomic(job.folder / RESULT, (json.dumps(failed, indent=2) + "\n").encode())
+        if job.search and "updates in a row" in words:
+            _note_failed(job, words)
             return
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
+    try:
+        measured = evaluate_run(job, config)
+    except NotFinite as error:
+        if not job.search:
+            raise UserError(f"{job.folder}: {error}") from error
+        _note_failed(job, str(error))
+        return
     result = {
-        **evaluate_run(job, config),
+        **measured,
         "reward_spec": job.reward,
         "method": job.method,
         "seed": job.seed,  # of the training; the evaluation has its own
@@ -82,34 +98,22 @@ def run_job(
     write_atomic(job.folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
 
-def claim(folder: Path) -> bool:
-    """Take a run for this process; False if another living process has it.
-
-    A claim of a process that is gone from this machine is taken over.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    own = f"{socket.gethostname()} {os.getpid()}"
-    for _ in range(2):
+def _training(command: Sequence[str], log: IO[str], descriptors: tuple[int, ...]) -> int:
+    """The exit code of a process, which is asked to end where this one is stopped."""
+    with subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, pass_fds=descriptors
+    ) as process:
         try:
-            with (folder / CLAIM).open("x") as file:
-                file.write(own)
-            return True
-        except FileExistsError:
-            try:
-                host, pid = (folder / CLAIM).read_text().split()
-            except (OSError, ValueError):
-                return False  # being written or being removed
-            if host != socket.gethostname() or _alive(int(pid)):
-                return False
-            (folder / CLAIM).unlink(missing_ok=True)
-    return False
+            return process.wait()
+        except Stopped as stop:
+            if stop.signal == signal.SIGINT:  # a terminal sends it to the training as well
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE)
+            process.terminate()  # it writes a checkpoint; leaving this waits for it
+            raise
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _note_failed(job: Job, words: str) -> None:
+    """A rate that is too high to train with counts as the worst."""
+    failed = {"failed": words, "reward": {"before": None, "after": None}}
+    write_atomic(job.folder / RESULT, (json.dumps(failed, indent=2) + "\n").encode())
