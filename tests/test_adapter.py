@@ -173,9 +173,18 @@ def test_damaged_adapters_are_one_clear_error(tmp_path: Path):
     info.write_text(json.dumps({**fields, "format": 99}))
     with pytest.raises(UserError, match="format 99"):
         read_info(tmp_path)
-    info.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        read_info(tmp_path)
+    wrong = [
+        {"num_steps": None},
+        {"num_steps": 0},
+        {"loras": "3"},
+        {"config": None},
+        {"segments": 1},
+    ]
+    wrong += [{"placement": "x"}, {"cut_by": "x"}, {"timesteps": [None]}, {"guidance_scale": "x"}]
+    for text in ("{", "[]", "null", *(json.dumps({**fields, **change}) for change in wrong)):
+        info.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            read_info(tmp_path)
     info.write_text(json.dumps(fields))
     (tmp_path / "lora_3.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"lora_3"):

@@ -161,6 +161,15 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     ):
         (lying / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
         assert message in told(*train(lying, out, "--shortcut", "none"))
+    for text in ("[]", "null", "3"):
+        (lying / "model_index.json").write_text(text)
+        assert f"--model {lying}: no model there" in told(*train(lying, out, "--shortcut", "none"))
+    (lying / "model_index.json").write_text(json.dumps(index))
+    scheduler = lying / "scheduler" / "scheduler_config.json"
+    betas = {**json.loads(scheduler.read_text()), "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps(betas))
+    message = told(*train(lying, out, "--shortcut", "none"))
+    assert f"--model {lying}, --num-steps 8: schedulers with rescaled" in message
     empty = tmp_path / "empty"
     empty.mkdir()
     assert f"--model {empty}: no model there" in told(*train(empty, out, "--shortcut", "none"))
@@ -173,6 +182,20 @@ def test_image_sizes(size: str, told: Told, tmp_path: Path):
     message = told(*train("emoji", tmp_path / "run", "--resolution", size))
     assert message.startswith(f"error: --resolution {size}: must be ")
     assert "a multiple of 8" in message
+
+
+@pytest.mark.usefixtures("no_model")
+def test_places_that_cannot_be_written(told: Told, tmp_path: Path, monkeypatch):
+    for command in (("plan", "--png"), ("check", "--output"), ("shortcut", "--output")):
+        assert f"{command[1]} {tmp_path}: is a directory; name a file" in told(*command, tmp_path)
+    seed = 2**63
+    assert "'--seed': Input should be less than" in told("sample", "--prompt", "x", "--seed", seed)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", "runs/x.png")
+
+    monkeypatch.setattr("shortft.sampling.sample", full)
+    assert "runs/x.png: No space left on device; mend it" in told("sample", "--prompt", "x")
 
 
 # LoRAs

@@ -23,7 +23,7 @@ from shortft import export as exporting
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
 from shortft.comfyui import Graph, Link, workflow
-from shortft.export import kohya_state, plain_state
+from shortft.export import _by_sgm, kohya_state, plain_state
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Guidance
 from shortft.model_card import card, header, shareable
@@ -75,6 +75,39 @@ def predictions(pipe: StableDiffusionPipeline) -> torch.Tensor:
     context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         return pipe.unet(x, 501, context, return_dict=False)[0]
+
+
+def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ran = tmp_path / "ran"
+    code = tmp_path / "score.py"
+    code.write_text(
+        f"open({str(ran)!r}, 'w').close()\ndef f(images, prompts): return images.mean((1, 2, 3))\n"
+    )
+    adapter = tmp_path / "run" / "adapter"
+    shutil.copytree(place / "run" / "adapter", adapter)
+    fields = json.loads((adapter / "adapter.json").read_text())
+    for spec in (f"{code}:f", f"symmetry:1,{code}:f:2", f"symmetry+{code}:f~0.5"):
+        fields["config"]["reward"] = spec
+        (adapter / "adapter.json").write_text(json.dumps(fields))
+        export(tmp_path, "kohya", tmp_path / "out", "--prompts", str(place / "prompts.txt"))
+        assert not ran.exists()
+        assert "code, which runs only where it is named (--reward)" in capsys.readouterr().out
+        assert "was not measured" in (tmp_path / "out" / "README.md").read_text()
+        shutil.rmtree(tmp_path / "out")
+    prompts = ("--prompts", str(place / "prompts.txt"))
+    export(tmp_path, "kohya", tmp_path / "out", *prompts, "--reward", f"{code}:f")
+    assert ran.exists()
+    assert "as one plain LoRA" in capsys.readouterr().out
+
+
+def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(
+    place: Path, tmp_path: Path
+):
+    merged = load_family(str(export(place, "merged", tmp_path / "merged", "--no-measure")))
+    assert merged.default_guidance_scale == 2.0
+    assert merged.resolution == tiny_family().resolution
 
 
 @pytest.mark.parametrize("file", ["run-1", "run-4", "run-plain"])
@@ -344,6 +377,12 @@ def test_cards_tell_no_paths():
     assert home not in told
     assert "clip:1,mine.py:warm:0.5 LoRA for sd15" in told
     assert "| shortcut | few.safetensors |" in told
+    gone = replace(info, base_model="my/sd15", local=["my/sd15", "runs/few.safetensors"])
+    gone.config["shortcut"] = "runs/few.safetensors"
+    told = card(gone, "kohya", ["a"], []) + json.dumps(vars(shareable(gone)))
+    assert "my/" not in told
+    assert "runs/" not in told
+    assert "base_model:" not in told
     hub = replace(info, base_model="owner/name@v1")
     assert "base_model: owner/name\n" in card(hub, "kohya", ["a"], [])
 
@@ -402,16 +441,38 @@ A1111 = re.compile(  # what its network.py and lora.py take for U-Nets, SD 1.x t
 )
 
 
+# SDXL's in kohya's scripts, whose U-Net has Stability AI's blocks: attention lies at these.
+SGM = re.compile(
+    r"lora_unet_(input_blocks_[4578]|middle_block|output_blocks_[0-5])_1_"
+    r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
+)
+
+
+def test_sdxl_layers_lie_where_stability_ai_counts_them():
+    at = "attentions_1_transformer_blocks_0_attn1_to_q.alpha"
+    rest = "transformer_blocks_0_attn1_to_q.alpha"
+    for ours, theirs in {
+        f"lora_unet_down_blocks_1_{at}": f"lora_unet_input_blocks_5_1_{rest}",
+        f"lora_unet_down_blocks_2_{at}": f"lora_unet_input_blocks_8_1_{rest}",
+        f"lora_unet_up_blocks_0_{at}": f"lora_unet_output_blocks_1_1_{rest}",
+        f"lora_unet_up_blocks_1_{at}": f"lora_unet_output_blocks_4_1_{rest}",
+        f"lora_unet_mid_block_attentions_0_{rest}": f"lora_unet_middle_block_1_{rest}",
+    }.items():
+        assert _by_sgm(ours, 3) == theirs
+        assert SGM.fullmatch(theirs.partition(".")[0])
+
+
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux2"])
 def test_keys_are_those_that_tools_read(name: str):
     """kohya's names for U-Nets; peft's with `transformer.` for SD3 and FLUX, as ComfyUI reads."""
     family = FAMILIES[name]()
     state = random_state(family, targets=family.lora_targets)
-    named = kohya_state({f"{family.part}.{key}": value for key, value in state.items()})
+    named = kohya_state({f"{family.part}.{key}": value for key, value in state.items()}, family)
     for key in named:
         if family.part == "unet":
             layer, _, end = key.partition(".")
-            assert A1111.fullmatch(layer)
+            place = r"lora_unet_(input_blocks_\d+|middle_block|output_blocks_\d+)_1_transformer_.*"
+            assert re.fullmatch(place, layer) if name == "sdxl" else A1111.fullmatch(layer)
             assert end in ("alpha", "lora_down.weight", "lora_up.weight")
         else:
             module, _, end = key.removeprefix("transformer.").rpartition(".lora_")

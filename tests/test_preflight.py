@@ -18,11 +18,12 @@ from shortft.assets import EMBEDDED, asset
 from shortft.cli import main
 from shortft.config import Config, load_config
 from shortft.cost import Call, Cost
+from shortft.doctor import _safely, hub
 from shortft.families import load_family
 from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
 from shortft.precision import own_precision
-from shortft.preflight import dry_run, machine
+from shortft.preflight import dry_run, machine, places
 from shortft.preflight.estimate import estimate
 from shortft.preflight.outline import encoder_parameters, parameters
 from shortft.preflight.places import configurations, needed
@@ -262,6 +263,16 @@ def test_damaged_local_files_stand_in_the_way(
     assert shown.splitlines()[-1].startswith("error: ")
 
 
+def test_what_is_looked_for_is_what_training_loads(monkeypatch: pytest.MonkeyPatch):
+    looked: list[tuple[str, str]] = []
+    monkeypatch.setattr(places, "_cached", lambda source, file: looked.append((source, file)))
+    assert places._shortcut_gb("owner/repo/few/steps.safetensors@0123abc") > 0
+    assert looked == [("owner/repo@0123abc", "few/steps.safetensors")]
+    config = Config(model="owner/one").model_copy(update={"pipeline": "owner/name"})
+    assert "pipeline" in {place.role for place in needed(config) if place.download_gb}
+    assert ("owner/name", "model_index.json") in looked
+
+
 def test_members_of_an_ensemble_are_counted(online: Path):
     config = load_config(None, recipe("sd15-hps"))
     ensemble = config.model_copy(update={"reward": "pickscore+hpsv2~0.5", "held_out": None})
@@ -312,15 +323,22 @@ def test_whether_the_hub_answers(monkeypatch: pytest.MonkeyPatch):
             pass
 
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(machine, "hub_is_off", lambda: False)
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
-        assert machine.hub_answers()
+        for login in ("", "user:s3cretpw@"):
+            place = f"http://{login}127.0.0.1:{server.server_port}"
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+            assert machine.hub_answers()
+            assert ("hub", f"http://127.0.0.1:{server.server_port} answers") in [
+                line[1:] for line in hub()
+            ]
         server.shutdown()
     assert not machine.hub_answers()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "nonsense")
-    assert not machine.hub_answers()
+    for place in ("nonsense", "https://user:s3cretpw@127.0.0.1:1", "https://user:s3cretpw@[::1"):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+        assert not machine.hub_answers()
+        assert "s3cretpw" not in str(_safely(hub))
 
 
 def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):

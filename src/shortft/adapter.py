@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -51,6 +52,8 @@ class AdapterInfo:
         resolution: of the pictures in training; None for the model's own.
         cut_by: how the chain was cut into segments, see `schedule.cut`; None in older adapters,
             which cut flow models' chains by steps and others by time.
+        local: models and shortcuts that were files or directories of the machine, as the
+            configuration names them.
     """
 
     base_model: str
@@ -65,6 +68,7 @@ class AdapterInfo:
     config: dict[str, Any]
     resolution: int | None = None
     cut_by: Cut | None = None
+    local: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     def cut(self, *, flow: bool) -> Cut:
@@ -153,21 +157,23 @@ def read_info(directory: Path) -> AdapterInfo:
     """
     path = Path(directory) / "adapter.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        info = AdapterInfo(**fields)
-        if not 1 <= int(info.loras) <= int(info.segments) <= 1000:
+        text = path.read_text(encoding="utf-8")
+        info = TypeAdapter(AdapterInfo).validate_json(text, strict=True)
+        if not 1 <= info.loras <= info.segments <= 1000:
             raise ValueError(f"{info.loras} LoRAs for {info.segments} segments")
-        if info.placement not in get_args(Placement):
-            raise ValueError(f"placement {info.placement!r}")
-        if info.cut_by not in (None, *get_args(Cut)):
-            raise ValueError(f"cut_by {info.cut_by!r}")
+        if not 1 <= info.num_steps <= 1000:
+            raise ValueError(f"{info.num_steps} steps")
     except FileNotFoundError:
         raise UserError(
             f"{directory}: not an adapter (no adapter.json); give the `adapter` directory that "
             "`shortft train` wrote"
         ) from None
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); restore it or train again") from error
+    except (ValueError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            reason = ": ".join([*map(str, first["loc"][:1]), first["msg"]])
+        raise UserError(f"{path}: damaged ({reason}); restore it or train again") from error
     if info.format != FORMAT:
         raise UserError(f"{path}: format {info.format} is unknown; update shortft")
     missing = [n for n in range(1, info.loras + 1) if not (directory / lora_file(n)).is_file()]

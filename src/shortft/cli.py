@@ -35,7 +35,7 @@ from shortft.cli_options import (
 from shortft.config import Config, load_config, option_name, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
-from shortft.inputs import check_output_dir, read_prompts
+from shortft.inputs import check_output_file, read_prompts
 from shortft.paths import exists
 from shortft.recipes import recipe, recipe_names
 from shortft.redact import without_secrets
@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        message = f"{error.filename}: {error.strerror}; mend it, or name another place"
     except Exception as error:
         if not isinstance(error, USAGE_ERROR):
             raise
@@ -157,7 +161,7 @@ def plan(
 ) -> None:
     """Draw the chain of every stage and its cost. Takes the options of train."""
     if png is not None:
-        check_output_dir("--png", png.parent)
+        check_output_file("--png", png)
     config = _config(config_file, options)
     from shortft.plan_view import show_plan
 
@@ -279,7 +283,7 @@ def check(
 ) -> int:
     """Measure how faithful a shortcut is. Exit code 1 if no better than DDIM jumps of its cost."""
     if output is not None:
-        check_output_dir("--output", output.parent)
+        check_output_file("--output", output)
     from shortft.shortcut_check import check_command
 
     return check_command(
@@ -329,7 +333,7 @@ def shortcut(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
 ) -> None:
     """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""
-    check_output_dir("--output", output.parent)
+    check_output_file("--output", output)
     from shortft.distill_command import distill_command
 
     distill_command(
@@ -373,6 +377,10 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Measure what one LoRA without a schedule loses.")
     ] = True,
+    reward: Annotated[str | None, REWARD] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="Models of the rewards, as in train.")
+    ] = None,
     precision: Annotated[
         Literal["fp32", "bf16"],
         typer.Option(help="Number format while measuring, and of a merged model's weights."),
@@ -393,6 +401,8 @@ def export(
         prompts_path=prompts,
         num_prompts=num_prompts,
         measure=measure,
+        reward=reward,
+        reward_model=reward_model,
         precision=precision,
         batch_size=batch_size,
     )

@@ -54,7 +54,7 @@ OutputDirOption = Annotated[
 PromptsOption = Annotated[
     Path | None, typer.Option(help="UTF-8 text file of prompts, one a line.", metavar="FILE")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 StepsOption = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of the chain.")]
 AdapterStepsOption = Annotated[
     int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import platform
 import urllib.error
@@ -16,7 +17,7 @@ from rich.table import Table
 from shortft import __version__
 from shortft.drawing.progress import memory_text
 from shortft.recipes import MEMORY_GB, recipe_names
-from shortft.redact import without_login
+from shortft.redact import without_login, without_secrets
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 SECONDS = 3  # to wait for the hub
@@ -120,11 +121,11 @@ def hub() -> list[Line]:
         ]
     host = without_login(constants.ENDPOINT)
     try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=SECONDS):
+        with urllib.request.urlopen(host, timeout=SECONDS):
             return [*lines, (GOOD, "hub", f"{host} answers")]
     except urllib.error.HTTPError:  # it answers, if with an error
         return [*lines, (GOOD, "hub", f"{host} answers")]
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         text = f"{host} does not answer: only local and cached models; `emoji` needs no hub"
         return [*lines, (DOUBTFUL, "hub", text)]
 
@@ -153,7 +154,7 @@ def _safely(look: Callable[[], list[Line]]) -> list[Line]:
     try:
         return look()
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = without_secrets(" ".join(str(error).split()))[:150]
         return [(BAD, look.__name__, f"{type(error).__name__}: {reason}")]
 
 

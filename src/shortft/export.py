@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +28,14 @@ from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
+from shortft.families.files import DEFAULTS_FILE
 from shortft.inputs import read_prompts
 from shortft.model_card import card, header, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
+from shortft.rewards.own import is_file_spec
+from shortft.rewards.spec import scorers
 from shortft.schedule import segments
 from shortft.space import check_space, size_of
 
@@ -82,22 +86,44 @@ def plain_state(states: list[dict[str, Tensor]], info: AdapterInfo) -> dict[str,
     return merged
 
 
-def kohya_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kohya_state(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     """Weights under the names that kohya's tools, A1111 and ComfyUI read.
 
-    U-Nets get kohya's names with an alpha per layer; transformers keep peft's, which ComfyUI
-    reads for SD3, FLUX.1 and FLUX.2.
+    U-Nets get kohya's names with an alpha per layer, SDXL's by the blocks of Stability AI's code,
+    which kohya's scripts build it from; transformers keep peft's, which ComfyUI reads for SD3,
+    FLUX.1 and FLUX.2.
     """
     if not all(key.startswith("unet.") for key in state):
         return dict(state)
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     converted = convert_state_dict_to_kohya(dict(state))
+    if family.name == "sdxl":
+        config: Any = family.denoiser.config
+        converted = {_by_sgm(k, config.layers_per_block + 1): v for k, v in converted.items()}
     # alpha = rank throughout, as ours are trained.
     return {
         key: value.float() if key.endswith(".alpha") else value.contiguous()
         for key, value in converted.items()
     }
+
+
+def _by_sgm(key: str, length: int) -> str:
+    """A layer of an attention block by its place among input, middle and output blocks.
+
+    Args:
+        length: layers of a block, with the one that changes the resolution.
+    """
+    found = re.match(r"lora_unet_(down|mid|up)_(?:blocks_(\d+)|block)_attentions_(\d+)_", key)
+    if found is None:
+        raise ValueError(f"{key}: not a layer of an attention block")
+    where, block, layer = found[1], int(found[2] or 0), int(found[3])
+    place = {
+        "down": f"input_blocks_{1 + length * block + layer}",
+        "mid": "middle_block",
+        "up": f"output_blocks_{length * block + layer}",
+    }[where]
+    return f"lora_unet_{place}_1_{key[found.end() :]}"
 
 
 def write_plain_adapter(
@@ -125,6 +151,8 @@ def measure_loss(
     plain: Path,
     info: AdapterInfo,
     prompts: list[str],
+    reward_spec: str,
+    reward_model: str | None,
     *,
     batch_size: int = 16,
 ) -> Loss:
@@ -132,9 +160,7 @@ def measure_loss(
     from shortft.evaluate import base_pictures, evaluate
     from shortft.rewards import make_reward
 
-    reward = make_reward(
-        str(info.config["reward"]), info.config.get("reward_model"), str(family.device)
-    )
+    reward = make_reward(reward_spec, reward_model, str(family.device))
     before = base_pictures(
         family,
         prompts,
@@ -160,11 +186,17 @@ def export_command(
     prompts_path: Path | None,
     num_prompts: int,
     measure: bool,
+    reward: str | None = None,
+    reward_model: str | None = None,
     pipeline: str | None = None,
     precision: str = "fp32",
     batch_size: int = 16,
 ) -> None:
     """`shortft export`: write the files and a card; print what a plain LoRA loses.
+
+    Args:
+        reward: what to measure by; the adapter's own if not given, unless that is code, which an
+            adapter from elsewhere could name.
 
     Raises:
         UserError: if the adapter is damaged, or the folder holds something already.
@@ -179,6 +211,7 @@ def export_command(
             f"{adapter}: is a LoRA of the few-step model and means little on the base; use its "
             f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
         )
+    own_reward = str(info.config.get("reward", ""))
     base = model or info.base_model
     try:
         states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
@@ -208,18 +241,34 @@ def export_command(
         plain = write_plain_adapter(states, info, family, scratch)
         if info.placement == "everywhere":
             notes.append("It acts at every timestep: use it like any LoRA.")
-        elif measure:
+        elif measure and reward is None and any(map(is_file_spec, scorers(own_reward))):
             notes.append(
-                _loss_note(
-                    family, adapter, scratch, info, prompts_path, num_prompts, batch_size, console
-                )
+                f"What a plain LoRA loses was not measured: the adapter's reward, {own_reward}, is "
+                "code, which runs only where it is named (--reward)."
             )
+        elif measure:
+            listed = _measured_on(info, prompts_path, num_prompts)
+            family.encode_ahead(listed)  # the text encoders are not needed any more
+            with console.status(f"measuring on {len(listed)} held-out prompts"):
+                loss = measure_loss(
+                    family,
+                    adapter,
+                    scratch,
+                    info,
+                    listed,
+                    reward or own_reward,
+                    reward_model or info.config.get("reward_model"),
+                    batch_size=batch_size,
+                )
+            notes.append(f"{loss.text()}.")
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         if kind == "merged":
+            own = {"guidance_scale": info.guidance_scale, "resolution": family.resolution}
             del family  # one copy of the model at a time
             gc.collect()
             _write_merged(open_pipeline(base, pipeline, precision), scratch, output_dir)
+            write_atomic(output_dir / DEFAULTS_FILE, (json.dumps(own) + "\n").encode())
             notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
         else:
             notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
@@ -238,25 +287,13 @@ def export_command(
     console.print(f"{output_dir}: {written}", markup=False, soft_wrap=True)
 
 
-def _loss_note(
-    family: Family,
-    adapter: Path,
-    plain: Path,
-    info: AdapterInfo,
-    prompts_path: Path | None,
-    num_prompts: int,
-    batch_size: int,
-    console: Any,
-) -> str:
+def _measured_on(info: AdapterInfo, prompts_path: Path | None, num_prompts: int) -> list[str]:
+    """Evenly spaced prompts of the user's file, or of the model's held-out ones."""
     listed = (
         read_prompts(prompts_path) if prompts_path else prompts_for(info.base_model, "held_out")
     )
     count = min(num_prompts, len(listed))
-    prompts = [listed[i * len(listed) // count] for i in range(count)]
-    family.encode_ahead(prompts)  # the text encoders are not needed any more
-    with console.status(f"measuring on {count} held-out prompts"):
-        loss = measure_loss(family, adapter, plain, info, prompts, batch_size=batch_size)
-    return loss.text() + "."
+    return [listed[i * len(listed) // count] for i in range(count)]
 
 
 def _write_loras(
@@ -272,7 +309,7 @@ def _write_loras(
     """The numbered LoRAs and the plain one; for ComfyUI a workflow that schedules them."""
 
     def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state if kind == "diffusers" else kohya_state(state)
+        return state if kind == "diffusers" else kohya_state(state, family)
 
     schedule = info.schedule(family.schedule(info.num_steps))
     names = []

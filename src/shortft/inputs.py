@@ -126,6 +126,13 @@ def check_reward(spec: str) -> str:
     return spec
 
 
+def check_output_file(option: str, path: Path) -> Path:
+    """Return `path`, its ``~`` expanded, if it is or can become a file."""
+    if is_dir(path):
+        raise UserError(f"{option} {path}: is a directory; name a file")
+    return check_output_dir(option, path.parent) / path.name
+
+
 def check_output_dir(option: str, path: Path) -> Path:
     """Return `path`, its ``~`` expanded, if it is or can become a directory."""
     try:

@@ -14,6 +14,7 @@ from shortft.errors import UserError
 from shortft.inputs import parse_yaml
 from shortft.methods import METHODS
 from shortft.optimizers import set_state, state_of
+from shortft.paths import exists
 from shortft.trainer import Trainer
 
 # What an evaluation's scores depend on: if it changes, earlier ones say nothing of later ones.
@@ -174,6 +175,7 @@ def write_adapter(
         guidance_scale=trainer.guidance_scale,
         resolution=config.resolution,
         cut_by=schedule.cut_by,
+        local=[name for name in (config.model, config.shortcut) if exists(name)],
         config=config.model_dump(mode="json"),
     )
     directory = config.output_dir / folder

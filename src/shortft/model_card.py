@@ -38,20 +38,29 @@ TOLD = (
 OF_SEGMENTS = ("segments", "shortcut")
 
 
-def public(name: str) -> str:
+def public(name: str, local_names: Sequence[str] = ()) -> str:
     """A model, reward or file without the folders of the author's disk; hub ids stay as they are.
 
     Of ``path/to/mine.py:warm`` the file's name and the function's stay.
+
+    Args:
+        local_names: what lay on the machine of the training, which may not be there any more.
     """
+    local = name in local_names
     name = re.sub(r"[^,\s]*/(?=[^/,]*\.py\s*:)", "", name)
     path = Path(name).expanduser()
-    local = path.is_absolute() or name.startswith((".", "~", "\\")) or path.exists()
+    local |= path.is_absolute() or name.startswith((".", "~", "\\")) or path.exists()
     return path.name if local else name
 
 
 def shareable(info: AdapterInfo) -> AdapterInfo:
     """``adapter.json`` as others may see it: settings without paths, models by name."""
-    return replace(info, base_model=public(info.base_model), config=told_settings(info))
+    return replace(
+        info,
+        base_model=public(info.base_model, info.local),
+        config=told_settings(info),
+        local=[public(name, info.local) for name in info.local],
+    )
 
 
 def told_settings(info: AdapterInfo) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def told_settings(info: AdapterInfo) -> dict[str, Any]:
     told = [name for name in TOLD if name not in unused and config.get(name) not in (None, {})]
     settings = {name: config[name] for name in told}
     return {
-        name: public(value) if name in ("reward", "shortcut") else value
+        name: public(value, info.local) if name in ("reward", "shortcut") else value
         for name, value in settings.items()
     }
 
@@ -108,7 +117,7 @@ def header(
         "ss_network_alpha": str(rank),
         "ss_base_model_version": base,
         "ss_v2": str(base.startswith("sd_v2")),
-        "ss_sd_model_name": public(info.base_model),
+        "ss_sd_model_name": public(info.base_model, info.local),
         "ss_output_name": title,
         "ss_training_comment": f"shortft {settings.get('method')}: {settings.get('reward')}",
         "modelspec.sai_model_spec": "1.0.0",
@@ -154,7 +163,7 @@ def card(
     figures: Sequence[str] = (),
 ) -> str:
     """README.md of an export: what it is, how it was made, and how it is used."""
-    base = public(info.base_model)
+    base = public(info.base_model, info.local)
     settings: Mapping[str, Any] = told_settings(info)
     hub = (
         [f"base_model: {base.partition('@')[0]}"] if re.fullmatch(r"[\w.-]+/[\w.@-]+", base) else []

@@ -89,6 +89,8 @@ def _find(model: str, pipeline: str | None) -> tuple[Source, Any]:
     try:
         with quiet():
             index = DiffusionPipeline.load_config(source.pipeline, revision=source.revision)
+        if not isinstance(index, dict):
+            raise ValueError("model_index.json holds no table")
     except UNREADABLE as error:
         if source.file is not None:
             raise UserError(

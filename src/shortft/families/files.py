@@ -26,6 +26,7 @@ UNREADABLE = (
     TypeError,
     RuntimeError,
     LookupError,
+    AttributeError,
     SafetensorError,
     SingleFileComponentError,
 )

@@ -19,6 +19,7 @@ from shortft.families.sharding import shard
 from shortft.families.source import Source
 from shortft.families.text import KnownPrompts
 from shortft.quiet import quiet
+from shortft.schedule import Schedule, schedule_from_config
 
 DECODER_PREFIXES = ("first_stage_model.", "vae.")
 Own = TypeVar("Own", bound="PipelineFamily")
@@ -256,6 +257,18 @@ class UNetFamily(PipelineFamily):
         self._layout = torch.contiguous_format if first else torch.channels_last
         pipeline.unet.to(memory_format=self._layout)
         pipeline.vae.to(memory_format=self._layout)
+
+    def schedule(self, num_steps: int) -> Schedule:
+        try:
+            return schedule_from_config(self._scheduler_config, num_steps)
+        except KeyError as error:
+            name = self._scheduler_config["_class_name"]
+            raise UserError(
+                f"--model {self.source}: its scheduler {name} has no {error}, so it is not "
+                "supported; give a model with Stable Diffusion's own noise schedule"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"--model {self.source}, --num-steps {num_steps}: {error}") from error
 
     def predict(
         self,

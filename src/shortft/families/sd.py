@@ -8,11 +8,9 @@ from typing import Any, ClassVar
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from shortft.errors import UserError
 from shortft.families.base import Conditioning
 from shortft.families.pipeline import UNetFamily
 from shortft.families.text import encode_in_batches
-from shortft.schedule import Schedule, schedule_from_config
 
 
 class StableDiffusion(UNetFamily):
@@ -23,12 +21,6 @@ class StableDiffusion(UNetFamily):
     guidance_scale = 7.5  # as in the pipeline
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None}
     prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"text_encoder": ("cond_stage_model.",)}
-
-    def schedule(self, num_steps: int) -> Schedule:
-        try:
-            return schedule_from_config(self._scheduler_config, num_steps)
-        except ValueError as error:
-            raise UserError(f"--num-steps {num_steps}: {error}") from error
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = self._text.tokenizer, self._text.text_encoder

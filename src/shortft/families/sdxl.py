@@ -9,12 +9,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from shortft.errors import UserError
 from shortft.families.base import Conditioning
 from shortft.families.pipeline import UNetFamily
 from shortft.families.text import encode_in_batches, with_empty
 from shortft.quiet import quiet
-from shortft.schedule import Schedule, schedule_from_config
 
 
 class StableDiffusionXL(UNetFamily):
@@ -43,18 +41,6 @@ class StableDiffusionXL(UNetFamily):
         if not self._scheduler_config["_class_name"].startswith(("DDIM", "PNDM")):
             # Euler's chain, which SDXL ships with, ends at sigma 0 whatever this left-over says.
             self._scheduler_config["set_alpha_to_one"] = True
-
-    def schedule(self, num_steps: int) -> Schedule:
-        try:
-            return schedule_from_config(self._scheduler_config, num_steps)
-        except KeyError as error:
-            name = self._scheduler_config["_class_name"]
-            raise UserError(
-                f"--model {self.source}: its scheduler {name} has no {error}, so it is not "
-                "supported; give a model with SDXL's own noise schedule"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"--num-steps {num_steps}: {error}") from error
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         def batch(prompts: list[str]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import re
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from shortft.redact import without_login
 
 HUB_SECONDS = 3  # to wait for the hub
 
@@ -75,7 +78,7 @@ def main_memory() -> int:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(limit).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # absent, or "max"
+        except (OSError, ValueError, http.client.HTTPException):  # absent, or "max"
             continue
     return total
 
@@ -109,11 +112,11 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
 
     try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_SECONDS):
+        with urllib.request.urlopen(without_login(constants.ENDPOINT), timeout=HUB_SECONDS):
             return True
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 

@@ -59,6 +59,9 @@ class Place:
 def needed(config: Config) -> list[Place]:
     """The model, decoder, shortcut and reward models of a run."""
     places = [Place("model", config.model, _model_gb(config.model))]
+    if config.pipeline is not None:
+        missing = _missing(config.pipeline, SMALL_GB, ["model_index.json"])
+        places.append(Place("pipeline", config.pipeline, missing))
     if config.decoder is not None:
         places.append(Place("decoder", config.decoder, _missing(config.decoder, SMALL_GB)))
     own = METHODS[config.method].shortcut
@@ -118,8 +121,9 @@ def _shortcut_gb(name: str) -> float:
         return 0.0
     if name in PUBLISHED:
         return _missing(PUBLISHED[name].repo, SMALL_GB, [PUBLISHED[name].file])
-    owner, repo, file = name.partition("@")[0].split("/", 2)
-    return _missing(f"{owner}/{repo}", SMALL_GB, [file])
+    place, at, revision = name.partition("@")
+    owner, repo, file = place.split("/", 2)
+    return _missing(f"{owner}/{repo}{at}{revision}", SMALL_GB, [file])
 
 
 def _missing(source: str, gb: float, files: list[str] | None = None) -> float:
