@@ -197,6 +197,12 @@ def test_places_that_cannot_be_written(told: Told, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shortft.sampling.sample", full)
     assert "runs/x.png: No space left on device; mend it" in told("sample", "--prompt", "x")
 
+    def large(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr("shortft.sampling.sample", large)
+    assert "out of memory; a smaller --batch-size" in told("sample", "--prompt", "x")
+
 
 # LoRAs
 

@@ -111,8 +111,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return order
 
 
-def workshop(base: Config, spec: Comparison = SPEC) -> Workshop:
-    made = Workshop(base.output_dir, spec, base)
+def workshop(base: Config, spec: Comparison = SPEC, name: str = "") -> Workshop:
+    made = Workshop(base.output_dir / name, spec, base)
     made.prepare()
     return made
 
@@ -147,6 +147,15 @@ def test_no_prompt_serves_two_ends(base):
     assert len(lists["validation"]) == 3
     assert len(lists["held_out"]) == 6
     assert not set(lists["held_out"]) & set(PROMPTS)
+    known = workshop(base, dataclasses.replace(SPEC, search=(1e-3,)), "known")
+    for place, searched in ((shop, True), (known, False)):
+        jobs = list(place.trials() if searched else place.jobs())
+        assert len(jobs) == 6
+        for job in jobs:
+            config = place.config(job)
+            shown = config.sample_from.read_text().splitlines()
+            assert shown == lists["validation" if searched else "held_out"]
+            assert config.prompts.read_text().splitlines() == lists["train"]
 
 
 def test_runs_differ_in_method_seed_and_rate_only(base):

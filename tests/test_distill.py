@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from shortft.chain import run_chain
 from shortft.cli import main
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, view
+from shortft.plans import base_plan
 from shortft.schedule import segments
-from shortft.shortcut_check import Jumper, better_than_ddim, check_command, jump_plan, measure
+from shortft.shortcut_check import (
+    Jumper,
+    Jumping,
+    better_than_ddim,
+    check_command,
+    jump_plan,
+    measure,
+)
 from shortft.shortcuts import own_guidance
 from test_lora_files import FAMILIES
 from tiny import save_tiny, tiny_family, tiny_pipeline
@@ -62,8 +72,26 @@ def test_pieces_are_what_diffusers_walks(distiller: Distiller):
 
 
 def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distiller):
+    for average in distiller.average.values():  # jumps that are not the base's
+        average.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     bank = Bank()
+    drawn = distiller._draws
     distiller.visited_pieces(bank, 2)
+    distiller._draws = drawn
+    _, cond, noise = distiller._draw(2)
+    states: dict[str, dict[int, Tensor]] = {"jumps": {}, "base": {}}
+    plans = {"jumps": jump_plan(distiller.schedule, K, first=False)}
+    plans["base"] = base_plan(distiller.schedule)
+    nets = Jumping(
+        distiller.family, distiller.guidance, Jumper("", distiller.averaged(), Guidance())
+    )
+    for name, plan in plans.items():
+        seen = states[name].__setitem__
+        run_chain(plan, nets, noise, cond, distiller.schedule, observe=seen)
+    for part in segments(distiller.schedule, K)[2:]:
+        begin = bank.begin[bank.start == part[0]]
+        torch.testing.assert_close(begin, states["jumps"][part[0]], atol=1e-4, rtol=1e-4)
+        assert (begin - states["base"][part[0]]).abs().max() > 1e-2
     parts = segments(distiller.schedule, K)
     assert set(bank.start.tolist()) == {part[0] for part in parts[2:]}
     for part in parts[2:]:
@@ -171,7 +199,11 @@ def test_jump_plan_has_one_jump_per_segment():
     assert sum(s.net == "shortcut" for s in jump_plan(schedule, K, first=False).steps) == K - 1
 
 
-def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkeypatch):
     model = str(save_tiny(tmp_path / "model"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -206,6 +238,18 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys):
     make(resume=True)
     with pytest.raises(UserError, match="--rank"):
         make(resume=True, rank=2)
+    told = r"--shortcut-guidance-scale 1.0: .*shortcut.json says that the LoRA was made for 2.0"
+    with pytest.raises(UserError, match=told):
+        make(resume=True, shortcut_guidance_scale=1.0)
+    with pytest.raises(UserError, match="every segment is a single step"):
+        make(output=tmp_path / "none.safetensors", num_steps=K)
+    stopped = tmp_path / "stopped.safetensors"
+    with monkeypatch.context() as patch:  # stopped while it measures, after a first save
+        patch.setattr("shortft.distill_command.measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(output=stopped, minutes=0.01)
+    assert stopped.is_file()
+    assert own_guidance(stopped) == 2.0
     figures = tmp_path / "figures.json"
     code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
     assert code in (0, 1)

@@ -10,12 +10,17 @@ import pytest
 import typer.main
 
 from shortft.assets import asset
-from shortft.cli import _config, app
+from shortft.cli import _config, app, main
+from shortft.compare import command
+from shortft.compare.jobs import Workshop
 from shortft.config import Config
+from shortft.paths import exists
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+PLACEHOLDERS = {" …": "", "PATH_OR_ID": "owner/name", r"\$n\b": "25", r"\bFILE\b": "prompts.txt"}
 
 
 def lines(text: str) -> list[list[str]]:
@@ -23,9 +28,11 @@ def lines(text: str) -> list[list[str]]:
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:^|/|-m )shortft (.+)", line)
+            match = re.search(r"(?:^|[/ ])shortft ((?:" + "|".join(COMMANDS) + r")\b.*)", line)
             if match:
-                words = match[1].replace("PATH_OR_ID", "owner/name")
+                words = match[1].partition("; done")[0]
+                for placeholder, example in PLACEHOLDERS.items():
+                    words = re.sub(placeholder, example, words)
                 arguments = shlex.split(words, comments=True)
                 if ">" in arguments:
                     arguments = arguments[: arguments.index(">")]
@@ -39,7 +46,7 @@ def make_files(arguments: list[str]) -> None:
         path = Path(value)
         if option == "--adapter":
             path.mkdir(parents=True, exist_ok=True)
-        elif not path.exists() and (
+        elif not exists(value) and (
             (option in ("--prompts", "--sample-from", "--model", "--shortcut") and path.suffix)
             or path.suffix == ".yaml"
             or ".py:" in value
@@ -68,6 +75,9 @@ def test_commands_are_understood(
             if name == "compare":
                 given["output_dir"] = None
             _config(context.params["config_file"], given)
+        if name == "compare":  # its methods and rewards are checked when it begins
+            monkeypatch.setattr(command, "compare_command", lambda *args, **_: Workshop(*args))
+            assert main(arguments) == 0
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl", "sd3", "flux"])
@@ -92,4 +102,4 @@ def test_a_wrong_option_is_found() -> None:
 
 
 def test_the_pages_have_commands() -> None:
-    assert sum(len(lines(page.read_text(encoding="utf-8"))) for page in PAGES) >= 60
+    assert sum(len(lines(page.read_text(encoding="utf-8"))) for page in PAGES) >= 130

@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 
 import comfyui_nodes
 from shortft import export as exporting
-from shortft.adapter import AdapterInfo, lora_file, save_adapter
+from shortft.adapter import AdapterInfo, lora_file, read_info, save_adapter
 from shortft.cli import main
 from shortft.comfyui import Graph, Link, workflow
-from shortft.export import _by_sgm, kohya_state, plain_state
+from shortft.evaluate import evaluate
+from shortft.export import Loss, _by_sgm, kohya_state, plain_state
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Guidance
 from shortft.model_card import card, header, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at, inference_plan
+from shortft.rewards import make_reward
 from shortft.schedule import Schedule, alphas_cumprod, ddim_schedule, flow_schedule, segments
 from test_lora_files import FAMILIES, random_state
 from tiny import randomise_loras, save_tiny, tiny_family, tiny_pipeline
@@ -295,6 +297,7 @@ def test_comfyui_workflow(name: str):
     shift = math.exp(2.02) if family == "flux2" else schedule.shift  # of the model in ComfyUI
     hooks = [n["inputs"] for n in graph.values() if n["class_type"] == "SetHookKeyframes"]
     for number, hook in enumerate(hooks, start=1):
+        assert graph[hook["hooks"][0]]["inputs"]["lora_name"] == files[number - 1]
         active = [float(count >= number) for count in stacked]
         frames = frames_of(graph, hook["hook_kf"])
         assert comfy_strengths(frames, steps, schedule, shift) == active
@@ -307,6 +310,44 @@ def test_comfyui_workflow(name: str):
     assert all(side["hooks"] for side in sides)
     (sampler,) = [n["inputs"] for n in graph.values() if "cfg" in n["inputs"]]
     assert sampler["cfg"] == (1.0 if family == "flux" else 3.5)
+    inputs = {key: value for node in graph.values() for key, value in node["inputs"].items()}
+    assert inputs["steps"] == schedule.num_steps
+    assert inputs["sampler_name"] == ("ddim" if family in ("sd", "sdxl") else "euler")
+    schedulers = {"sd": "ddim_uniform", "sdxl": "ddim_uniform", "sd3": "normal", "flux": "simple"}
+    assert inputs.get("scheduler") == schedulers.get(family)
+    if family == "sd3":
+        assert inputs["shift"] == pytest.approx(schedule.shift, abs=0.01)
+    for side, prompted in (("positive", True), ("negative", False)):
+        assert ("PROMPT" in texts_behind(graph, sampler[side])) == prompted
+
+
+def texts_behind(graph: Graph, link: Link) -> str:
+    """All texts that an input of a node depends on."""
+    found = ""
+    for value in graph[str(link[0])]["inputs"].values():
+        found += value if isinstance(value, str) else ""
+        found += texts_behind(graph, value) if isinstance(value, list) else ""
+    return found
+
+
+def test_the_loss_is_that_of_the_plain_lora(place: Path, tmp_path: Path):
+    adapter = place / "run" / "adapter"
+    info = read_info(adapter)
+    family = tiny_family()
+    states = [load_file(adapter / lora_file(n)) for n in range(1, 5)]
+    exporting.write_plain_adapter(states, info, family, tmp_path)
+    prompts = ["red apple", "panda face"]
+    loss = exporting.measure_loss(family, adapter, tmp_path, info, prompts, "symmetry", None)
+    reward = make_reward("symmetry")
+    scores = [
+        evaluate(family, folder, reward, prompts, seeds=2)[0]["reward"]
+        for folder in (adapter, tmp_path)
+    ]
+    assert loss.base == pytest.approx(scores[0]["before"])
+    assert loss.scheduled == pytest.approx(scores[0]["after"])
+    assert loss.plain == pytest.approx(scores[1]["after"])
+    assert abs(loss.plain - loss.scheduled) > 1e-5
+    assert "as one plain LoRA 0.4000, 75 % of the gain" in Loss(0.1, 0.5, 0.4).text()
 
 
 def test_card_and_loss(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

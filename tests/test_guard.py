@@ -133,6 +133,7 @@ def test_warn_goes_on(settings, told: Script):
     train(config)
     log = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").open()]
     assert [row["update"] for row in log if "reward" in row][-1] == 8
+    assert ["guard" in row for row in log if "eval_reward" in row] == [False, True, True]
 
 
 def test_the_best_adapter_belongs_to_the_run_that_goes_on(settings, told: Script, monkeypatch):

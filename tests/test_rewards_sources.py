@@ -82,7 +82,10 @@ def test_places_are_checked_against_files_and_reward(tmp_path):
     with pytest.raises(UserError, match="is a file; give the model's directory"):
         parse_reward_models(f"pickscore={file}")
     with pytest.raises(UserError, match=f"write --reward-model pickscore={tmp_path}"):
-        Config(reward="pickscore", reward_model=str(tmp_path))
+        Config(reward="pickscore", reward_model=f"clip={tmp_path}")
+    for reward, held_out in (("clip", "pickscore"), ("pickscore", "clip")):
+        config = Config(reward=reward, held_out=held_out, reward_model=str(tmp_path))
+        assert reward_places({held_out}, config.reward_model).keys() == {held_out}
 
 
 def test_checksum(tmp_path):

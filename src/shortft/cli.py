@@ -83,15 +83,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message = f"{error.filename}: {error.strerror}; mend it, or name another place"
     except Exception as error:
-        if not isinstance(error, USAGE_ERROR):
+        if isinstance(error, USAGE_ERROR):
+            message = error.format_message()  # type: ignore[attr-defined]
+        elif _ran_out(error):
+            message = "out of memory; a smaller --batch-size or --precision bf16 takes less"
+        else:
             raise
-        message = error.format_message()  # type: ignore[attr-defined]
     except KeyboardInterrupt:
         return 130
     except Stopped as stop:
         return 128 + stop.signal
     print("error:", without_secrets(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _ran_out(error: Exception) -> bool:
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return False
+    from shortft.out_of_memory import ran_out
+
+    return ran_out(error)
 
 
 def _print_version(wanted: bool) -> None:

@@ -36,7 +36,7 @@ from shortft.inputs import (
 )
 from shortft.methods.catalog import METHODS, parse_options, read_options
 from shortft.paths import expand
-from shortft.rewards.places import parse_reward_models, reward_places
+from shortft.rewards.places import check_models_are_used, parse_reward_models
 from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import scorers
 from shortft.shortcuts import check_shortcut
@@ -413,7 +413,8 @@ class Config(BaseModel):
             raise _bad_value(
                 "guard", "stop", "needs evaluations", "give --sample-every or --sample-times"
             )
-        reward_places(scorers(self.reward), self.reward_model)
+        names = scorers(self.reward) | (scorers(self.held_out) if self.held_out else set())
+        check_models_are_used(names, self.reward_model)
         self._check_stage_shares()
         if METHODS[self.method].few_step and self.shortcut == "none":
             raise UserError(

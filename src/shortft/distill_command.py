@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from shortft.config import option_name
 from shortft.distill import Bank, Distiller
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
@@ -32,10 +33,10 @@ def distill(
     trajectories: int,
     report: Callable[[str], None],
     save: Callable[[], None],
-    fidelity: Callable[[], list[Fidelity]],
+    fidelity: Callable[[], Fidelity],
     sample_batch: int = 64,
 ) -> None:
-    """Train for a wall-clock budget, sampling trajectories included.
+    """Train for a wall-clock budget, sampling trajectories included, measuring not.
 
     A quarter of the trajectories is made before the first update, the rest evenly over three
     quarters of the time. After 30 % of it, regression adds states of the shortened chain for as
@@ -87,11 +88,35 @@ def distill(
             )
         if now - last_save > 150:
             save()
-            for f in fidelity()[:1]:
-                errors = " ".join(f"{e:.3f}" for e in f.jump_error)
-                report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
+            f = fidelity()
+            errors = " ".join(f"{e:.3f}" for e in f.jump_error)
+            report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
             last_save = time.monotonic()
+            began += last_save - now
     save()
+
+
+def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
+    """Refuse to go on with a LoRA that was made for another chain or guidance.
+
+    Args:
+        told: the JSON file beside the LoRA; one that is not there tells nothing.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    if not told.is_file():
+        return
+    try:
+        before = dict(json.loads(told.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{told}: damaged ({error}); restore or remove it") from error
+    for name, value in chain.items():
+        if name != "model" and before.get(name, value) != value:
+            raise UserError(
+                f"{option_name(name)} {value}: {told} says that the LoRA was made for "
+                f"{before[name]}; give that to go on by --resume, or another --output"
+            )
 
 
 def distill_command(
@@ -139,6 +164,11 @@ def distill_command(
     guidance = Guidance(family.default_guidance_scale if guidance_scale is None else guidance_scale)
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
+    if num_steps == segments:
+        raise UserError(
+            f"--segments {segments}, --num-steps {num_steps}: every segment is a single step, so "
+            "that there is nothing to jump over; give fewer segments"
+        )
     family.encode_ahead([*training, *held_out])  # the text encoders are not needed any more
     cond = family.encode(training).to("cpu")
     student_guidance = Guidance(shortcut_guidance_scale)
@@ -152,17 +182,29 @@ def distill_command(
         student_guidance=student_guidance,
         seed=seed,
     )
+    chain: dict[str, Any] = {  # what the LoRA is made for, and how it runs
+        "model": model,
+        "resolution": family.resolution,
+        "num_steps": num_steps,
+        "segments": segments,
+        "guidance_scale": guidance.scale,
+        "shortcut_guidance_scale": student_guidance.scale,
+    }
+    told = output.with_suffix(".json")
+
+    def tell(figures: dict[str, Any]) -> None:
+        write_atomic(told, (json.dumps({**chain, **figures}, indent=2) + "\n").encode())
+
     if resume and output.exists():
+        check_same_chain(told, chain)
         distiller.load(output)
+    if not (resume and told.is_file()):
+        tell({})  # before the LoRA: one without its guidance would run with another
     noise = family.noise([sample_seed(seed, 3, i) for i in range(len(held_out))])
     held_out_cond = family.encode(held_out)
 
-    def fidelity() -> list[Fidelity]:
-        jumpers = [
-            Jumper("shortcut", distiller.averaged(), student_guidance),
-            Jumper("plain DDIM jump", family.denoiser, Guidance()),
-            Jumper("guided DDIM jump", family.denoiser, guidance),
-        ]
+    def fidelity(*others: Jumper) -> list[Fidelity]:
+        jumpers = [Jumper("shortcut", distiller.averaged(), student_guidance), *others]
         return measure(
             family,
             jumpers,
@@ -183,12 +225,10 @@ def distill_command(
         trajectories=trajectories,
         report=console.print,
         save=lambda: distiller.save(output),
-        fidelity=fidelity,
+        fidelity=lambda: fidelity()[0],
         sample_batch=min(64, 2 * batch_size),  # without gradient there is room for more
     )
-    card: dict[str, Any] = {
-        "model": model,
-        "resolution": family.resolution,
+    figures: dict[str, Any] = {
         "precision": precision,
         "kind": kind,
         "minutes": minutes,
@@ -196,16 +236,18 @@ def distill_command(
         "rank": rank,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "num_steps": num_steps,
-        "segments": segments,
-        "guidance_scale": guidance.scale,
-        "shortcut_guidance_scale": student_guidance.scale,
         "trajectories": trajectories,
         "seed": seed,
-        "held_out": [vars(f) for f in fidelity()],
+        "held_out": [
+            vars(f)
+            for f in fidelity(
+                Jumper("plain DDIM jump", family.denoiser, Guidance()),
+                Jumper("guided DDIM jump", family.denoiser, guidance),
+            )
+        ],
     }
-    write_atomic(output.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
-    for f in card["held_out"]:
+    tell(figures)
+    for f in figures["held_out"]:
         errors = " ".join(f"{e:.3f}" for e in f["jump_error"])
         console.print(f"{f['name']}: error {errors}, chain {f['chain_psnr']:.1f} dB")
     console.print(f"{output}: check it on fresh samples by `shortft check`")

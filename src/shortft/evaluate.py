@@ -22,6 +22,8 @@ from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
+from shortft.rewards.places import check_models_are_used
+from shortft.rewards.spec import scorers
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import generator, sample_seed
 
@@ -226,6 +228,7 @@ def evaluate_command(
         raise UserError(
             f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
         )
+    check_models_are_used(scorers(reward), reward_model)
     info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     console = Console()

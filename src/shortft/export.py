@@ -34,7 +34,8 @@ from shortft.model_card import card, header, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
-from shortft.rewards.own import is_file_spec
+from shortft.rewards.places import check_models_are_used
+from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import scorers
 from shortft.schedule import segments
 from shortft.space import check_space, size_of
@@ -212,6 +213,7 @@ def export_command(
             f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
         )
     own_reward = str(info.config.get("reward", ""))
+    check_models_are_used(scorers(reward or own_reward), reward_model)
     base = model or info.base_model
     try:
         states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
@@ -241,7 +243,7 @@ def export_command(
         plain = write_plain_adapter(states, info, family, scratch)
         if info.placement == "everywhere":
             notes.append("It acts at every timestep: use it like any LoRA.")
-        elif measure and reward is None and any(map(is_file_spec, scorers(own_reward))):
+        elif measure and reward is None and not scorers(own_reward) <= REWARDS.keys():
             notes.append(
                 f"What a plain LoRA loses was not measured: the adapter's reward, {own_reward}, is "
                 "code, which runs only where it is named (--reward)."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shortft import kept
+from shortft.assets import EMBEDDED
 from shortft.checkpoint import load_latest, names_in
 from shortft.config import Config, option_name, to_yaml
 from shortft.confined import RUN, refuse_links
@@ -29,6 +30,8 @@ from shortft.out_of_memory import advised
 from shortft.precision import emulated, settled
 from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
+from shortft.rewards.places import parse_reward_models
+from shortft.rewards.spec import scorers
 from shortft.trainer import Trainer
 from shortft.watch import look
 
@@ -168,6 +171,15 @@ def remarks(trainer: Trainer) -> list[str]:
     warning = anchor_warning(config.reward)
     if warning:
         found.append(f"warning: {warning}")
+    names = scorers(config.reward) | (scorers(config.held_out) if config.held_out else set())
+    if (
+        config.model != EMBEDDED
+        and "clip" in names - parse_reward_models(config.reward_model).keys()
+    ):
+        found.append(
+            "warning: clip is the embedded scorer here, which knows nothing but emoji; "
+            "--reward-model names another, such as openai/clip-vit-large-patch14"
+        )
     slow = emulated(config)
     if slow:
         found.append(f"warning: {slow}")

@@ -133,17 +133,28 @@ def reward_places(names: set[str], models: str | None) -> dict[str, Place]:
     """The place of every named reward that has a model; ``clip`` may be absent (embedded).
 
     Raises:
-        UserError: see `parse_reward_models`; or `models` gives ``clip`` one, and the reward is
-            made of others.
+        UserError: see `parse_reward_models`.
+    """
+    places = {**HUB, **parse_reward_models(models)}
+    return {name: place for name, place in places.items() if name in names}
+
+
+def check_models_are_used(names: set[str], models: str | None) -> None:
+    """Tell of a model for ``clip`` beside other rewards, which was meant for one of these.
+
+    Args:
+        names: all rewards of a run, also those that only measure.
+
+    Raises:
+        UserError: with the option as it should be.
     """
     given = parse_reward_models(models)
     others = sorted(names & HUB.keys())
     if set(given) == {"clip"} and "clip" not in names and others:
         raise UserError(
             f"{OPTION} {models}: is a model for clip, which the reward does not hold; write "
-            f"{OPTION} {others[0]}={models}"
+            f"{OPTION} {others[0]}={str(models).removeprefix('clip=')}"
         )
-    return {name: place for name, place in {**HUB, **given}.items() if name in names}
 
 
 def _place(name: str, text: str) -> Place:
