@@ -20,6 +20,7 @@ from shortft.config import Config, load_config
 from shortft.cost import Call, Cost
 from shortft.doctor import _safely, hub
 from shortft.families import load_family
+from shortft.lora_layers import MergedLinear
 from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
 from shortft.precision import own_precision
@@ -38,6 +39,10 @@ from tiny_families import tiny
 GPU_24 = machine.Device("cuda", "a GPU", 24 * 2**30, bf16=True)
 
 
+def is_merged(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, MergedLinear) and layer._weight is not None
+
+
 @pytest.mark.parametrize(
     ("method", "options", "loras"),
     [
@@ -54,14 +59,23 @@ def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str
     config = load_config(None, {**recipe("emoji"), **own, "precision": precision})
     family = load_family("emoji", precision=precision)
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
-    bytes_each = {"bf16": 2, "fp32": 4}[precision]
-    assert found.parts["denoiser"] == parameters(family.denoiser) * bytes_each * 2  # merge
     encoders = parameters(family._text.text_encoder)  # type: ignore[attr-defined]
     assert encoder_parameters(asset("emoji")) == encoders
     trainer = Trainer(config)
     trained = [p for n in range(1, loras + 1) for p in trainer.nets.parameters_of(n).values()]
     size = 16 * sum(p.numel() for p in trained)
     assert found.parts["LoRAs, gradients, optimizer"] == size
+    trainer.update()
+    trainer.pictures()
+    views = [trainer.nets._shortcut, *trainer.nets._tuned.values(), trainer.nets.base]
+    weights = [p for view in views if view is not None for p in view.parameters()]
+    weights += [m._weight for view in views[1:-1] for m in view.modules() if is_merged(m)]
+    sizes = {
+        w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
+        for w in weights
+        if w.dtype == family.dtype and not w.requires_grad
+    }
+    assert found.parts["denoiser"] == pytest.approx(sum(sizes.values()), rel=0.03)
     measured = measure_cost(trainer)
     assert found.cost.call.kept == pytest.approx(measured.call.kept, rel=0.3)
     if method == "jumps":  # a shortcut that runs unguided: half the calls
@@ -83,6 +97,11 @@ def test_an_update_costs_what_its_calls_do():
     assert cost.seconds(plan, recompute=True) == 69 + 4 * 1 + 3 * 0.5
     assert cost.activation_bytes(plan, recompute=False) == 4 * 100 + 3 * 40 + 7
     assert cost.activation_bytes(plan, recompute=True) == 100
+    anchored = replace(cost, anchored=True)  # the first of four policy calls passes no gradient on
+    again = anchored.seconds(plan, recompute=False) - cost.seconds(plan, recompute=False)
+    assert again == 1 + 3 * 10
+    kept = anchored.activation_bytes(plan, recompute=False)
+    assert kept == cost.activation_bytes(plan, recompute=False) + 3 * 100
     pinned = shortft_plan(ddim_schedule(alphas_cumprod(), 50), 4, 1, pin=True)
     assert cost.seconds(pinned, recompute=False) == 69 - 11 + 50
 

@@ -282,7 +282,8 @@ class Config(BaseModel):
     guard_drop: float = Field(
         0.1,
         gt=0,
-        description="Share of its first value that the held-out scorer may lose, above 0.",
+        description="Share of its first value that the held-out scorer may lose, above 0; means "
+        "little for a scorer around 0, such as imagereward.",
     )
     best_by: Literal["reward", "held_out"] = Field(
         "reward",

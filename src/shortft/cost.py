@@ -35,6 +35,7 @@ class Cost:
         decode: seconds of decoding and scoring with gradient.
         decode_bytes: activations that decoding and scoring keep.
         steps: calls of a whole rollout.
+        anchored: whether calls that train run once more without LoRAs.
     """
 
     call: Call
@@ -42,6 +43,7 @@ class Cost:
     decode: float
     decode_bytes: int
     steps: int
+    anchored: bool = False
 
     def seconds(self, plan: Plan, *, recompute: bool) -> float:
         """Of one micro-batch."""
@@ -60,9 +62,14 @@ class Cost:
 
     def _calls(self, plan: Plan) -> Iterator[tuple[Call, bool]]:
         """Every network call of a plan, and whether it carries gradient."""
-        for step, with_gradient in zip(plan.steps, plan.grad_mask, strict=True):
-            if step.net != "cached":
-                yield (self.jump if step.net == "shortcut" else self.call), with_gradient
+        masks = zip(plan.steps, plan.grad_mask, plan.input_mask, strict=True)
+        for step, with_gradient, through_input in masks:
+            if step.net == "cached":
+                continue
+            call = self.jump if step.net == "shortcut" else self.call
+            yield call, with_gradient
+            if self.anchored and step.trains:
+                yield call, through_input
         for _ in range(plan.renoise):
             yield self.call, plan.grad_mask[-1]
 

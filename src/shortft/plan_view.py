@@ -61,7 +61,8 @@ def measure_cost(trainer: Trainer) -> Cost:
         jump = timed_call(jumps[0], jumps[0])
     seconds, kept_bytes = timed(decode)
     trainer.optimizer.zero_grad(set_to_none=True)
-    return Cost(call, jump, seconds, kept_bytes, trainer.schedule.num_steps)
+    steps, anchored = trainer.schedule.num_steps, trainer.config.anchor > 0
+    return Cost(call, jump, seconds, kept_bytes, steps, anchored)
 
 
 def _predict(trainer: Trainer, step: Step, x: Tensor, cond: Conditioning) -> Tensor:

@@ -89,10 +89,15 @@ class Plan:
     @cached_property
     def grad_mask(self) -> tuple[bool, ...]:
         """For each step: does its network call build a graph?"""
+        pairs = zip(self.steps, self.input_mask, strict=True)
+        return tuple(step.trains or through_input for step, through_input in pairs)
+
+    @cached_property
+    def input_mask(self) -> tuple[bool, ...]:
+        """For each step: does gradient pass through its network call to earlier ones?"""
         mask, carried = [], False
         for step in self.steps:
-            through_input = carried and step.input_grad != 0 and step.net != "cached"
-            mask.append(step.trains or through_input)
+            mask.append(carried and step.input_grad != 0 and step.net != "cached")
             carried = carried or step.trains
         return tuple(mask)
 

@@ -161,6 +161,20 @@ def test_a_reward_that_fails_at_an_evaluation_is_named(
     train(config, resume=True, allow_change=True)
 
 
+def test_a_local_model_that_changed_is_told_on_resume(settings, tmp_path: Path):
+    model = shutil.copytree(settings["model"], tmp_path / "own-model")
+    config = Config(**{**settings, "model": str(model), "updates": 1})
+    train(config)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    longer = config.model_copy(update={"updates": 2})
+    with pytest.raises(UserError, match="a reward's file or a local model changed"):
+        train(longer, resume=True)
+    weights.write_bytes(content)
+    train(longer, resume=True)
+
+
 def test_a_reward_without_any_gradient_is_noticed(settings, tmp_path: Path):
     file = tmp_path / "own.py"
     file.write_text(OWN.format(fault="pass"))

@@ -20,7 +20,7 @@ from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
 from shortft.methods import METHODS, make_plan, placement_of
-from shortft.plans import Plan
+from shortft.plans import Plan, inference_plan, parts_for
 from shortft.precision import settled
 from shortft.preflight.outline import (
     as_if_real,
@@ -34,7 +34,7 @@ from shortft.preflight.places import specs
 from shortft.rewards.spec import scorers
 from shortft.schedule import Schedule
 from shortft.seeds import generator
-from shortft.shortcuts import known_guidance
+from shortft.shortcuts import BASE_JUMPS, known_guidance
 from shortft.space import check_space, size_of
 
 # Parameters in millions, and GB of activations per picture, of reward models in fp32, which is how
@@ -138,6 +138,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         decode=2 * picture.operations * micro / speed,
         decode_bytes=max(decoding, scoring) if config.recompute else decoding + scoring,
         steps=schedule.num_steps,
+        anchored=config.anchor > 0,
     )
     activations = max(cost.activation_bytes(plan, recompute=config.recompute) for plan in stages)
     width = 2 if config.precision == "bf16" else 4
@@ -148,12 +149,13 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     per_number = 2 if config.reward_precision == "bf16" else 4
     scored_by = int(sum(millions * 1e6 * per_number for millions, _ in models))
     parts = {
-        "denoiser": weights * (2 if config.merge else 1),
+        "denoiser": weights + width * merged_numbers(config, family, schedule, stages),
         "latent decoder": parameters(family.vae) * (4 if family.vae_dtype == torch.float32 else 2),
         "text encoders": 0 if config.encode_ahead else encoders,
         "rewards": resident_rewards(config, scored_by, scoring, activations) if gpu else scored_by,
-        # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
-        "LoRAs, gradients, optimizer": (10 if config.optimizer == "adamw8bit" else 16) * numbers,
+        # Weights and gradient in fp32, two moments in fp32 or in 8 bits, an average in fp32.
+        "LoRAs, gradients, optimizer": numbers
+        * ((10 if config.optimizer == "adamw8bit" else 16) + 4 * bool(config.ema)),
         "activations": activations,
     }
     encoding = weights + parts["latent decoder"] + encoders
@@ -197,13 +199,46 @@ def linear_parameters(network: nn.Module) -> int:
     return sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear)
 
 
+def merged_numbers(
+    config: Config, family: PipelineFamily, schedule: Schedule, stages: Sequence[Plan]
+) -> int:
+    """Numbers in the copies of layers that `merge` folds LoRAs into, see `ModelNetworks`.
+
+    The shortcut's are taken to be those that `shortft shortcut` tunes.
+    """
+    if not config.merge:
+        return 0
+    placement = placement_of(
+        config.method, config.method_options, timestep_lora=config.timestep_lora
+    )
+    plans = list(stages)
+    if config.sample_every or config.sample_times or any(p.needs_rollout for p in plans):
+        plans.append(inference_plan(schedule, parts_for(placement, config.segments), placement))
+    steps = [step for plan in plans for step in plan.steps]
+    frozen = {(s.net, s.adapters) for s in steps if s.adapters and not s.trains}
+    jumps = config.shortcut not in BASE_JUMPS and any(s.net == "shortcut" for s in steps)
+    tuned = adapted_layers(family, family.shortcut_targets) if jumps else []
+    return sum(layer.weight.numel() for layer in lora_layers(family)) * len(frozen) + sum(
+        layer.weight.numel() for layer in tuned
+    )
+
+
 def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
     """The layers that reward LoRAs change."""
-    ends = tuple(f".{target}" for target in family.lora_targets)
+    return [
+        layer
+        for layer in adapted_layers(family, family.lora_targets)
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def adapted_layers(family: PipelineFamily, targets: Sequence[str]) -> list[nn.Linear | nn.Conv2d]:
+    """The denoiser's layers of these names."""
+    ends = tuple(f".{target}" for target in targets)
     return [
         layer
         for name, layer in family.denoiser.named_modules()
-        if isinstance(layer, nn.Linear) and f".{name}".endswith(ends)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and f".{name}".endswith(ends)
     ]
 
 
