@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from shortft import __version__
+from shortft.assets import asset
 from shortft.cli import main
 from shortft.compare import charts, figures, report
 from shortft.compare import runs as compare_runs
@@ -325,12 +326,20 @@ def test_a_comparison_of_other_prompts_or_another_own_reward_is_refused(base, tm
     workshop(base, both)
     own.write_text("def bright(images, prompts):\n    return -images.mean((1, 2, 3))\n")
     workshop(base, spec)
-    with pytest.raises(UserError, match=r"file of --rewards .*own.py:bright changed"):
+    with pytest.raises(UserError, match=r"own.py:bright, the prompts or a local model changed"):
         workshop(base, both)
+    lora = tmp_path / "few.safetensors"
+    lora.symlink_to(asset("shortcut", "unguided.safetensors"))
+    jumps = dataclasses.replace(spec, methods=("refl", f"jumps:shortcut={lora}"))
+    workshop(base, jumps)
+    lora.unlink()
+    lora.symlink_to(asset("shortcut", "shortcut.safetensors"))
+    with pytest.raises(UserError, match=r"few.safetensors, the prompts or a local model changed"):
+        workshop(base, jumps)
     for file in (base.sample_from, base.prompts):
         before = Path(file).read_text()
         Path(file).write_text(before.replace("0", "4711"))
-        with pytest.raises(UserError, match=r"the prompts, .* changed since its first runs"):
+        with pytest.raises(UserError, match=r"symmetry, the prompts or a local model changed"):
             workshop(base, spec)
         assert "4711" not in (base.output_dir / "prompts" / "held_out.txt").read_text()
         Path(file).write_text(before)
@@ -345,7 +354,7 @@ def test_a_score_that_is_not_finite_ends_a_run_by_name_and_a_trial_as_the_worst(
 
     def blank(job: Job, config: Config) -> dict[str, Any]:
         if not job.search or job.learning_rate > 1e-3:
-            raise NotFinite("reward symmetry: its score of a picture of 'x' is nan")
+            raise NotFinite("reward symmetry: its score of 'x' is nan", tuned=True)
         return pretended(job, config)
 
     with pytest.raises(UserError, match=r"refl.seed-0: reward symmetry: its score"):
@@ -355,8 +364,7 @@ def test_a_score_that_is_not_finite_ends_a_run_by_name_and_a_trial_as_the_worst(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_comparison_asks_its_training_to_end(number, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(compare_runs, "PATIENCE", 0.1)  # the signal reaches this process alone
+def test_a_stopped_comparison_asks_its_training_to_end(number, tmp_path: Path):
     child = (
         "import os, signal, sys, time\n"
         "def end(*_):\n    print('checkpoint'); sys.exit(143)\n"

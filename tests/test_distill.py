@@ -250,6 +250,9 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
             make(output=stopped, minutes=0.01)
     assert stopped.is_file()
     assert own_guidance(stopped) == 2.0
+    stopped.unlink()  # stopped before its first save: the next one begins anew
+    make(output=stopped, minutes=0.01, resume=True, shortcut_guidance_scale=1.0)
+    assert own_guidance(stopped) == 1.0
     figures = tmp_path / "figures.json"
     code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
     assert code in (0, 1)

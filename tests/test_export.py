@@ -90,18 +90,22 @@ def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
     adapter = tmp_path / "run" / "adapter"
     shutil.copytree(place / "run" / "adapter", adapter)
     fields = json.loads((adapter / "adapter.json").read_text())
-    for spec in (f"{code}:f", f"symmetry:1,{code}:f:2", f"symmetry+{code}:f~0.5"):
-        fields["config"]["reward"] = spec
+    own = (f"{code}:f", f"symmetry:1,{code}:f:2", f"symmetry+{code}:f~0.5")
+    for spec in (*own, "elsewhere.py:f", "somebodys_package", None):  # the last three are not here
+        fields["config"] = {"reward": spec} if spec else {}
         (adapter / "adapter.json").write_text(json.dumps(fields))
         export(tmp_path, "kohya", tmp_path / "out", "--prompts", str(place / "prompts.txt"))
         assert not ran.exists()
-        assert "code, which runs only where it is named (--reward)" in capsys.readouterr().out
+        assert "code runs only where it is named (--reward)" in capsys.readouterr().out
         assert "was not measured" in (tmp_path / "out" / "README.md").read_text()
         shutil.rmtree(tmp_path / "out")
     prompts = ("--prompts", str(place / "prompts.txt"))
     export(tmp_path, "kohya", tmp_path / "out", *prompts, "--reward", f"{code}:f")
     assert ran.exists()
     assert "as one plain LoRA" in capsys.readouterr().out
+    code.write_text("def f(images, prompts): return images.mean((1, 2, 3)) / 0 * 0\n")
+    export(tmp_path, "kohya", tmp_path / "nan", *prompts, "--reward", f"{code}:f")
+    assert "could not be measured: reward " in capsys.readouterr().out
 
 
 def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(

@@ -195,10 +195,11 @@ def distill_command(
     def tell(figures: dict[str, Any]) -> None:
         write_atomic(told, (json.dumps({**chain, **figures}, indent=2) + "\n").encode())
 
-    if resume and output.exists():
+    going_on = resume and output.exists()
+    if going_on:
         check_same_chain(told, chain)
         distiller.load(output)
-    if not (resume and told.is_file()):
+    if not (going_on and told.is_file()):
         tell({})  # before the LoRA: one without its guidance would run with another
     noise = family.noise([sample_seed(seed, 3, i) for i in range(len(held_out))])
     held_out_cond = family.encode(held_out)

@@ -14,7 +14,15 @@ class Torn(UserError):
 
 
 class NotFinite(UserError):
-    """A measured score is not a finite number."""
+    """A measured score is not a finite number.
+
+    Attributes:
+        tuned: whether it is a picture's of the tuned model.
+    """
+
+    def __init__(self, message: str, *, tuned: bool) -> None:
+        super().__init__(message)
+        self.tuned = tuned
 
 
 class Stopped(BaseException):

@@ -98,7 +98,9 @@ def evaluate(
     after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
     scored = [
-        _finite(reward.name, _in_batches(reward, images, repeated, family), repeated)
+        _finite(
+            reward.name, _in_batches(reward, images, repeated, family), repeated, images is after
+        )
         for images in (before, after)
     ]
     figures: dict[str, Any] = {
@@ -113,7 +115,9 @@ def evaluate(
     scorer = held_out_scorer(family.source, family.device)
     if scorer is not None:
         held_out = [
-            _finite("held-out", _in_batches(scorer, images, repeated, family), repeated)
+            _finite(
+                "held-out", _in_batches(scorer, images, repeated, family), repeated, images is after
+            )
             for images in (before, after)
         ]
         figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
@@ -176,12 +180,14 @@ def _in_batches(
     return torch.cat(parts)
 
 
-def _finite(name: str, scores: Tensor, prompts: list[str]) -> Tensor:
+def _finite(name: str, scores: Tensor, prompts: list[str], tuned: bool) -> Tensor:
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
+            whose = "tuned" if tuned else "base"
             raise NotFinite(
-                f"reward {name}: its score of a picture of {prompt!r} is {score}, not a finite "
-                "number; mend the reward, or see whether the picture is one"
+                f"reward {name}: its score of the {whose} model's picture of {prompt!r} is "
+                f"{score}, not a finite number; mend the reward, or look at the picture",
+                tuned=tuned,
             )
     return scores
 

@@ -25,7 +25,7 @@ from shortft.adapter import AdapterInfo, load_into, lora_file, read_info
 from shortft.assets import prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
-from shortft.errors import UserError
+from shortft.errors import NotFinite, UserError
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
@@ -213,7 +213,8 @@ def export_command(
             f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
         )
     own_reward = str(info.config.get("reward", ""))
-    check_models_are_used(scorers(reward or own_reward), reward_model)
+    if reward is not None:
+        check_models_are_used(scorers(reward), reward_model)
     base = model or info.base_model
     try:
         states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
@@ -243,26 +244,29 @@ def export_command(
         plain = write_plain_adapter(states, info, family, scratch)
         if info.placement == "everywhere":
             notes.append("It acts at every timestep: use it like any LoRA.")
-        elif measure and reward is None and not scorers(own_reward) <= REWARDS.keys():
+        elif measure and reward is None and not ships(own_reward):
             notes.append(
-                f"What a plain LoRA loses was not measured: the adapter's reward, {own_reward}, is "
-                "code, which runs only where it is named (--reward)."
+                f"What a plain LoRA loses was not measured: the adapter's reward ({own_reward}) is "
+                "none of shortft's own, and code runs only where it is named (--reward)."
             )
         elif measure:
             listed = _measured_on(info, prompts_path, num_prompts)
             family.encode_ahead(listed)  # the text encoders are not needed any more
-            with console.status(f"measuring on {len(listed)} held-out prompts"):
-                loss = measure_loss(
-                    family,
-                    adapter,
-                    scratch,
-                    info,
-                    listed,
-                    reward or own_reward,
-                    reward_model or info.config.get("reward_model"),
-                    batch_size=batch_size,
-                )
-            notes.append(f"{loss.text()}.")
+            try:
+                with console.status(f"measuring on {len(listed)} held-out prompts"):
+                    loss = measure_loss(
+                        family,
+                        adapter,
+                        scratch,
+                        info,
+                        listed,
+                        reward or own_reward,
+                        reward_model or info.config.get("reward_model"),
+                        batch_size=batch_size,
+                    )
+                notes.append(f"{loss.text()}.")
+            except NotFinite as error:
+                notes.append(f"What a plain LoRA loses could not be measured: {error}.")
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         if kind == "merged":
@@ -287,6 +291,14 @@ def export_command(
     write_atomic(output_dir / "README.md", text.encode())
     written = ", ".join([*files, "README.md"])
     console.print(f"{output_dir}: {written}", markup=False, soft_wrap=True)
+
+
+def ships(spec: str) -> bool:
+    """Whether all that a reward is made of comes with shortft."""
+    try:
+        return scorers(spec) <= REWARDS.keys()
+    except UserError:  # a file that is not here, or no reward at all
+        return False
 
 
 def _measured_on(info: AdapterInfo, prompts_path: Path | None, num_prompts: int) -> list[str]:

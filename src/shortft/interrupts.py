@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from shortft.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TOGETHER = 2.0  # seconds: what tells a whole group of processes may reach one of them twice
 
 
 class Interrupts:
@@ -25,6 +27,7 @@ class Interrupts:
     def __init__(self, *, immediate: bool) -> None:
         self.immediate = immediate
         self.asked: int | None = None
+        self._asked_at = 0.0
         self._held = False
         self._before: dict[int, Any] = {}
 
@@ -43,11 +46,13 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None and time.monotonic() - self._asked_at < TOGETHER:
+            return
         if self.asked is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.asked = number
+        self.asked, self._asked_at = number, time.monotonic()
         if self.immediate and not self._held:
             raise Stopped(number)
 

@@ -107,7 +107,7 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
             "new run in another --output-dir"
         )
     before = parse_yaml(str(state["config"]), "--resume: the checkpoint's configuration")
-    same_optimizer = before.get("optimizer", config.optimizer) == config.optimizer
+    same_optimizer = before.get("optimizer", "adamw") == config.optimizer
     for number in trainer.numbers:
         copy_state(trainer.nets, number, saved.tensors[f"lora_{number}"])
         # Another optimizer (--allow-change) starts anew.

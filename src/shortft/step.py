@@ -146,7 +146,8 @@ def change(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         # Folded layers go by autograd's counts of changes, past which bitsandbytes writes.
         for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version(group["params"])
+            changed = [p for p in group["params"] if p.grad is not None]
+            torch.autograd.graph.increment_version(changed)
     except (MemoryError, RuntimeError) as error:
         why = "out of memory" if ran_out(error) else f"it failed ({' '.join(str(error).split())})"
         raise Torn(

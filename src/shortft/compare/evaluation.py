@@ -32,6 +32,8 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
         resolution=base.resolution,
     )
     before: dict[bool, Any] = {}
+    # Without gradient there is room for more than in training.
+    at_once = max(1, min(16, 2 * base.batch_size // base.accumulation))
 
     def evaluate_run(job: Job, config: Config) -> dict[str, Any]:
         prompts = read_prompts(config.sample_from) if config.sample_from else []
@@ -44,6 +46,7 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
                 seeds=spec.noises,
                 num_steps=config.num_steps,
                 guidance_scale=config.guidance_scale,
+                batch_size=at_once,
                 seed=seed,
             )
 
@@ -55,6 +58,7 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
                 prompts,
                 seeds=spec.noises,
                 num_steps=config.num_steps,
+                batch_size=at_once,
                 seed=seed,
                 before=before[job.search],
                 plain_chain=plain_chain,

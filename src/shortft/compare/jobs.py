@@ -19,7 +19,9 @@ from shortft.errors import UserError
 from shortft.fingerprint import fingerprint
 from shortft.inputs import read_prompts
 from shortft.methods.catalog import has_own_rate, variant_settings
+from shortft.paths import is_file
 from shortft.precision import settled
+from shortft.weights_file import sha256
 
 SEARCH_SEED = 1000
 # What every run brings itself, whatever the base says.
@@ -87,6 +89,8 @@ class Workshop:
             reward: fingerprint(config, [*listed, *held_out], None)
             for reward, config in rewards.items()
         }
+        files = {str(config.shortcut) for config in self.configs.values()}
+        wanted["inputs"] |= {file: sha256(Path(file)) for file in sorted(files) if is_file(file)}
         found = self._found()
         if found:
             # A setting that is younger than the folder had its default value there.
@@ -104,10 +108,10 @@ class Workshop:
                     "settings, or another folder"
                 )
             inputs = found.get("inputs", {})
-            for reward in (r for r, now in wanted["inputs"].items() if inputs.get(r, now) != now):
+            for name in (n for n, now in wanted["inputs"].items() if inputs.get(n, now) != now):
                 raise UserError(
-                    f"--output-dir {self.root}: the prompts, a local model or a file of --rewards "
-                    f"{reward} changed since its first runs; restore them, or use another folder"
+                    f"--output-dir {self.root}: {name}, the prompts or a local model changed since "
+                    "its first runs; restore them, or use another folder"
                 )
             wanted["inputs"] = {**inputs, **wanted["inputs"]}
             if "learning_rate" in then:  # of earlier runs, if of none now

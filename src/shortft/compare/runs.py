@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import IO, Any
 
 from shortft.compare.jobs import RESULT, Job, Workshop
@@ -18,7 +16,6 @@ from shortft.errors import NotFinite, Stopped, UserError
 from shortft.lock import Taken, locked
 
 CLAIM, LOG = ".claim", "train.log"
-PATIENCE = 30.0  # seconds for a checkpoint
 Evaluate = Callable[[Job, Config], dict[str, Any]]
 
 
@@ -84,7 +81,7 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
     try:
         measured = evaluate_run(job, config)
     except NotFinite as error:
-        if not job.search:
+        if not (job.search and error.tuned):
             raise UserError(f"{job.folder}: {error}") from error
         _note_failed(job, str(error))
         return
@@ -100,17 +97,17 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
 
 def _training(command: Sequence[str], log: IO[str], descriptors: tuple[int, ...]) -> int:
     """The exit code of a process, which is asked to end where this one is stopped."""
-    with subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, pass_fds=descriptors
-    ) as process:
-        try:
-            return process.wait()
-        except Stopped as stop:
-            if stop.signal == signal.SIGINT:  # a terminal sends it to the training as well
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(PATIENCE)
-            process.terminate()  # it writes a checkpoint; leaving this waits for it
-            raise
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, pass_fds=descriptors
+        )
+        return process.wait()
+    except Stopped:
+        if process is not None:  # it writes a checkpoint, also where it was told itself
+            process.terminate()
+            process.wait()
+        raise
 
 
 def _note_failed(job: Job, words: str) -> None:

@@ -78,7 +78,7 @@ def main_memory() -> int:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(limit).read_text(encoding="ascii")))
-        except (OSError, ValueError, http.client.HTTPException):  # absent, or "max"
+        except (OSError, ValueError):  # absent, or "max"
             continue
     return total
 
