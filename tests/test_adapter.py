@@ -18,6 +18,7 @@ from shortft.families.base import Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import Placement, base_plan, inference_plan
 from shortft.sampling import generate
+from test_lora_files import FAMILIES
 from tiny import randomise_loras, tiny_family, tiny_pipeline
 
 PROMPTS = ["red apple", "panda face"]
@@ -252,6 +253,88 @@ def test_the_users_own_lora_stays_active(tmp_path: Path):
     router.remove()
     torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
     assert nets.loras == 4
+
+
+def style_of(directory: Path) -> dict[str, object]:
+    make_adapter(directory)
+    return {"pretrained_model_name_or_path_or_dict": directory, "weight_name": "lora_4.safetensors"}
+
+
+@pytest.mark.parametrize("placement", ["stacked", "everywhere"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_lora_that_comes_later_acts_beside_the_adapter(
+    tmp_path: Path, placement: Placement, drawn: bool
+):
+    make_adapter(tmp_path / "adapter", placement=placement)
+    style = style_of(tmp_path / "style")
+    both = []
+    for style_first in (True, False):
+        pipe = tiny_pipeline()
+        if style_first:
+            pipe.load_lora_weights(**style, adapter_name="style")
+        load_adapter(pipe, tmp_path / "adapter")
+        if not style_first:
+            alone = theirs(pipe, 10) if drawn else None
+            pipe.load_lora_weights(**style, adapter_name="style")
+        both.append(theirs(pipe, 10))
+    torch.testing.assert_close(both[0], both[1], atol=1e-5, rtol=0)
+    if alone is not None:
+        assert (both[1] - alone).abs().max() > 1e-3
+    pipe.set_adapters("style", 0.5)  # still routed, beside the weaker style
+    assert (theirs(pipe, 10) - both[1]).abs().max() > 1e-3
+    pipe.delete_adapters("style")
+    if alone is not None:
+        torch.testing.assert_close(theirs(pipe, 10), alone, atol=1e-5, rtol=0)
+    base = theirs(tiny_pipeline(), 10)
+    pipe.disable_lora()
+    torch.testing.assert_close(theirs(pipe, 10), base, atol=1e-5, rtol=0)
+
+
+def test_after_removal_the_pipeline_takes_loras_as_before(tmp_path: Path):
+    make_adapter(tmp_path / "adapter")
+    style = style_of(tmp_path / "style")
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    router = load_adapter(pipe, tmp_path / "adapter")
+    theirs(pipe, 10)
+    router.remove()
+    for one in (pipe, fresh):
+        one.load_lora_weights(**style, adapter_name="style")
+    torch.testing.assert_close(theirs(pipe, 10), theirs(fresh, 10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_an_adapter_that_the_pipeline_unloaded_routes_no_more(tmp_path: Path, drawn: bool):
+    make_adapter(tmp_path / "one")
+    make_adapter(tmp_path / "two", placement="everywhere")
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    load_adapter(pipe, tmp_path / "one")
+    theirs(pipe, 10)
+    pipe.unload_lora_weights()
+    if drawn:
+        torch.testing.assert_close(theirs(pipe, 10), theirs(fresh, 10), atol=1e-6, rtol=0)
+    for one in (pipe, fresh):
+        load_adapter(one, tmp_path / "two")
+    assert len(pipe.unet._forward_pre_hooks) == 1
+    torch.testing.assert_close(theirs(pipe, 10), theirs(fresh, 10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("other", ["sdxl", "sd3", "flux"])
+def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, other: str):
+    family = FAMILIES[other]()
+    nets = ModelNetworks(family, guidance=Guidance(), loras=1, rank=2)
+    info = AdapterInfo("another", 1, 2, 4, "everywhere", 10, [1], [1], 1.0, {})
+    save_adapter(nets, info, tmp_path / "other")
+    style = style_of(tmp_path / "style")
+    pipe = tiny_pipeline()
+    for name in ("a", "b"):
+        pipe.load_lora_weights(**style, adapter_name=name)
+    pipe.set_adapters("b", 0.5)
+    before = theirs(pipe, 10)
+    with pytest.raises(UserError, match=r"lora_1.safetensors: does not fit this pipeline"):
+        load_adapter(pipe, tmp_path / "other")
+    assert pipe.get_active_adapters() == ["b"]
+    assert set(pipe.unet.peft_config) == {"a", "b"}
+    torch.testing.assert_close(theirs(pipe, 10), before, atol=0, rtol=0)
 
 
 def test_a_full_disk_keeps_the_adapter_before_it_and_what_others_put_there(tmp_path, monkeypatch):

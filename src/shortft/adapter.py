@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from shortft.errors import UserError
-from shortft.networks import activate, lora_name
+from shortft.networks import lora_layers, lora_name
 from shortft.plans import Placement, adapters_at, parts_for
 from shortft.quiet import quiet
 from shortft.schedule import Cut, Schedule, cut
@@ -90,6 +91,7 @@ def usual_cut(*, flow: bool) -> Cut:
     return "steps" if flow else "time"
 
 
+ROUTER = "_shortft_router"  # attribute of a denoiser
 _LORA_FILE = re.compile(r"lora_\d+\.safetensors")
 
 
@@ -194,23 +196,32 @@ class TimestepRouter:
     """Switches LoRAs by timestep inside a diffusers pipeline, until `remove` is called.
 
     At every call of the denoiser it looks up how many LoRAs act at that timestep of the
-    pipeline's own schedule, so that any number of inference steps works. Other adapters that are
-    active in the pipeline stay so.
+    pipeline's own schedule, so that any number of inference steps works. Other adapters are the
+    pipeline's business, also those that come or are switched later; `pipe.disable_lora()` switches
+    these off as well, and `pipe.unload_lora_weights()` ends the routing.
     """
 
-    def __init__(self, pipe: Any, info: AdapterInfo, strength: float, others: list[str]) -> None:
+    def __init__(self, pipe: Any, info: AdapterInfo, strength: float) -> None:
         self.info = info
         self.strength = strength
         self._pipe = pipe
         self._names = [lora_name(n) for n in range(1, info.loras + 1)]
-        self._others = others
-        self._active: int | None = None
         self._routes: dict[tuple[float, ...], dict[float, int]] = {}
         self._denoiser = denoiser_of(pipe)
+        names = set(self._names)
+        self._layers = [m for m in lora_layers(self._denoiser) if names & m.lora_A.keys()]
+        self._active = 0
+        before = getattr(self._denoiser, ROUTER, None)
+        if before is not None:  # its LoRAs were unloaded by the pipeline
+            before.end()
+        setattr(self._denoiser, ROUTER, self)
         self._hook = self._denoiser.register_forward_pre_hook(self._route, with_kwargs=True)
-        self._activate(0)
+        self._switch(0)
 
     def _route(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not set(self._names) <= getattr(module, "peft_config", {}).keys():
+            self.end()
+            return
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         value = timestep.flatten()[0].item() if isinstance(timestep, torch.Tensor) else timestep
         counts, scheduler = self._counts(), self._pipe.scheduler
@@ -231,7 +242,7 @@ class TimestepRouter:
                 f"the denoiser was called at timestep {value}, which is not in the pipeline's "
                 f"schedule {list(counts)}: the LoRAs cannot be routed"
             )
-        self._activate(counts[visited])
+        self._switch(counts[visited])
 
     def _counts(self) -> dict[float, int]:
         """LoRAs per timestep, from the timesteps that the pipeline's scheduler visits now."""
@@ -246,21 +257,36 @@ class TimestepRouter:
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]
 
-    def _activate(self, count: int) -> None:
-        if count != self._active:
-            own = dict.fromkeys(self._names[:count], self.strength)
-            activate(self._denoiser, own, keep=self._others)
+    def _switch(self, count: int) -> None:
+        """Let the first LoRAs act, beside whatever else is active in their layers."""
+        own, changed = self._names[:count], False
+        for layer in self._layers:
+            active = list(layer.active_adapters)
+            others = [name for name in active if name not in self._names]
+            wanted = others + [name for name in own if name in layer.lora_A]
+            if active != wanted:
+                layer.set_adapter(wanted)
+                changed = True
+            for name in wanted[len(others) :]:
+                layer.set_scale(name, self.strength)
+        if changed:
             self._denoiser.requires_grad_(False)
-            self._active = count
+        self._active = count
 
     def set_strength(self, strength: float) -> None:
         """Scale the adapter: 0 is the base model, 1 the trained strength."""
-        self.strength, self._active = strength, None
+        self.strength = strength
+
+    def end(self) -> None:
+        """Stop routing; LoRAs that are still there stay as they are."""
+        self._hook.remove()
+        if getattr(self._denoiser, ROUTER, None) is self:
+            delattr(self._denoiser, ROUTER)
 
     def remove(self) -> None:
         """Take the LoRAs and the routing out of the pipeline again."""
-        self._activate(0)
-        self._hook.remove()
+        self._switch(0)
+        self.end()
         self._pipe.delete_adapters(self._names)
 
 
@@ -287,23 +313,50 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     denoiser = denoiser_of(pipe)
     if set(names) & set(getattr(denoiser, "peft_config", {})):
         raise UserError(f"{directory}: the pipeline holds an adapter already; remove() it first")
-    others = list(denoiser.active_adapters()) if getattr(denoiser, "peft_config", {}) else []
+    before = {
+        layer: [] if layer.disable_adapters else list(layer.active_adapters)
+        for layer in lora_layers(denoiser)
+    }
     for number, name in enumerate(names, start=1):
         try:
             with quiet(), torch.random.fork_rng(devices=[]):
                 pipe.load_lora_weights(
                     str(directory), weight_name=lora_file(number), adapter_name=name
                 )
+            _check_complete(denoiser, name, directory / lora_file(number))
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             half_loaded = set(names) & set(getattr(denoiser, "peft_config", {}))
             if half_loaded:
                 pipe.delete_adapters(sorted(half_loaded))
+            _give_back(denoiser, before)
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{directory / lora_file(number)}: does not fit this pipeline ({reason}); the "
                 f"adapter was trained on {info.base_model}"
             ) from error
-    return TimestepRouter(pipe, info, strength, others)
+    _give_back(denoiser, before)
+    return TimestepRouter(pipe, info, strength)
+
+
+def _check_complete(denoiser: nn.Module, name: str, file: Path) -> None:
+    """Whether a file's LoRA is in the denoiser as a whole: diffusers leaves out what it lacks.
+
+    Raises:
+        ValueError: if not.
+    """
+    with safe_open(str(file), "pt") as opened:
+        wanted = sum(".lora_A." in key for key in opened.keys())  # noqa: SIM118
+    found = sum(name in layer.lora_A for layer in lora_layers(denoiser))
+    if found != wanted:
+        raise ValueError(f"{found} of its {wanted} layers are there")
+
+
+def _give_back(denoiser: nn.Module, before: Mapping[LoraLayer, list[str]]) -> None:
+    """Let those adapters act that did: loading another makes it the only one."""
+    for layer in lora_layers(denoiser):
+        layer.enable_adapters(True)
+        layer.set_adapter(before.get(layer, []))
+    denoiser.requires_grad_(False)
 
 
 def load_into(nets: ModelNetworks, directory: Path) -> None:
