@@ -27,7 +27,7 @@ from shortft.evaluate import evaluate
 from shortft.export import Loss, _by_sgm, kohya_state, plain_state
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Guidance
-from shortft.model_card import card, header, shareable
+from shortft.model_card import card, header, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at, inference_plan
 from shortft.rewards import make_reward
@@ -385,6 +385,28 @@ def test_a_card_tells_the_runs_own_figures(place: Path, tmp_path: Path):
         "| reward | symmetry |",
     ):
         assert f"{line}\n" in card
+
+
+def test_a_card_tells_what_the_exported_adapter_scored(tmp_path: Path):
+    rows = [
+        {"update": 0, "eval_reward": None, "eval_held_out": 0.75, "best": True},
+        {"update": 2, "eval_reward": 0.5, "eval_held_out": 0.7},
+        {"update": 4, "eval_reward": 1.0, "eval_held_out": 0.6, "best": True},
+        {"update": 6, "eval_reward": 2.0, "eval_held_out": 0.1, "guard": "hacked"},
+        {"update": 8, "eval_reward": None, "eval_held_out": None},
+    ]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = ["0.5000 at update 2, 2.0000 at update 6", "0.7500 at update 0, 0.1000 at update 6"]
+    best = ["0.5000 at update 2, 1.0000 at update 4", "0.7500 at update 0, 0.6000 at update 4"]
+    for folder, guard, told in (
+        ("adapter", None, last),
+        ("adapter", "warn", last),
+        ("adapter", "stop", best),  # it went back
+        ("best", "warn", best),
+    ):
+        lines = run_figures(tmp_path / folder, guard)
+        assert [line.partition("prompts: ")[2] for line in lines] == told
 
 
 def test_a_folder_that_holds_something_is_left_alone(place: Path, tmp_path: Path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
 from shortft.assets import EMBEDDED, prompts_for
+from shortft.cli import _config
 from shortft.config import Config, load_config
 from shortft.recipes import recipe, recipe_names
 from shortft.shortcuts import PUBLISHED
@@ -55,3 +57,11 @@ def test_general_prompts_ship_for_other_models():
     assert (len(set(training)), len(set(held_out))) == (600, 100)
     assert not set(training) & set(held_out)
     assert training != prompts_for(EMBEDDED, "train")
+
+
+def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("emoji").mkdir()
+    assert _config(Path("emoji"), {}) == load_config(None, recipe("emoji"))
+    Path("paper").write_text("rank: 3\n")  # a file goes first
+    assert _config(Path("paper"), {}).rank == 3

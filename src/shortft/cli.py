@@ -36,7 +36,7 @@ from shortft.config import Config, load_config, option_name, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_file, read_prompts
-from shortft.paths import exists
+from shortft.paths import is_file
 from shortft.recipes import recipe, recipe_names
 from shortft.redact import without_secrets
 
@@ -172,7 +172,7 @@ def plan(
 ) -> None:
     """Draw the chain of every stage and its cost. Takes the options of train."""
     if png is not None:
-        check_output_file("--png", png)
+        png = check_output_file("--png", png)
     config = _config(config_file, options)
     from shortft.plan_view import show_plan
 
@@ -294,7 +294,7 @@ def check(
 ) -> int:
     """Measure how faithful a shortcut is. Exit code 1 if no better than DDIM jumps of its cost."""
     if output is not None:
-        check_output_file("--output", output)
+        output = check_output_file("--output", output)
     from shortft.shortcut_check import check_command
 
     return check_command(
@@ -344,7 +344,7 @@ def shortcut(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from output.")] = False,
 ) -> None:
     """Distil a shortcut LoRA for a model. It jumps over the segments of the model's chain."""
-    check_output_file("--output", output)
+    output = check_output_file("--output", output)
     from shortft.distill_command import distill_command
 
     distill_command(
@@ -531,6 +531,6 @@ def _config(path: Path | None, options: dict[str, object]) -> Config:
     budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
     if len(budgets) == 1:  # takes the place of the file's
         given = {**dict.fromkeys(BUDGETS, None), **given}
-    if path is not None and not exists(path) and str(path) in recipe_names():
+    if path is not None and not is_file(path) and str(path) in recipe_names():
         return load_config(None, {**recipe(str(path)), **given})
     return load_config(path, given)

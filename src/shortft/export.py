@@ -286,7 +286,7 @@ def export_command(
             f"`pipe.load_lora_weights(FOLDER, weight_name='{PLAIN}')` loads the plain one."
         )
     files = sorted(p.name for p in output_dir.iterdir())
-    figures = run_figures(adapter.resolve().parent)
+    figures = run_figures(adapter, info.config.get("guard"))
     text = card(info, kind, files, notes, figures)
     write_atomic(output_dir / "README.md", text.encode())
     written = ", ".join([*files, "README.md"])

@@ -134,9 +134,14 @@ def header(
     return fields
 
 
-def run_figures(run: Path) -> list[str]:
-    """What the run's log says about its fixed pictures, as lines; none where there is no log."""
-    log = run / "metrics.jsonl"
+def run_figures(adapter: Path, guard: str | None = None) -> list[str]:
+    """What the run's log says about its fixed pictures, as lines; none where there is no log.
+
+    Args:
+        adapter: a folder of the run; of ``best``, and where ``guard: stop`` went back to it, the
+            figures are those of the best evaluation, else those of the last.
+    """
+    log = adapter.resolve().parent / "metrics.jsonl"
     if not log.is_file():
         return []
     metrics = read_metrics(log)
@@ -144,10 +149,16 @@ def run_figures(run: Path) -> list[str]:
     if metrics.updates:
         seconds = sum(float(row.get("seconds", 0)) for row in metrics.updates)
         lines.append(f"- {len(metrics.updates)} updates, {seconds / 60:.1f} minutes of training")
-    if len(metrics.evaluations) > 1:
-        first, last = metrics.evaluations[0], metrics.evaluations[-1]
-        for key, name in (("eval_reward", "reward"), ("eval_held_out", "held-out scorer")):
-            if key in first and key in last:
+    best = [row for row in metrics.evaluations if row.get("best")]
+    went_back = guard == "stop" and any("guard" in row for row in metrics.evaluations)
+    looks = best if adapter.name == "best" or went_back else metrics.evaluations
+    for key, name in (("eval_reward", "reward"), ("eval_held_out", "held-out scorer")):
+        # A score that was not finite is null in the log.
+        measured = [row for row in metrics.evaluations if row.get(key) is not None]
+        of_adapter = [row for row in looks if row.get(key) is not None]
+        if measured and of_adapter:
+            first, last = measured[0], of_adapter[-1]
+            if last is not first:
                 lines.append(
                     f"- {name} on fixed prompts: {first[key]:.4f} at update {first['update']}, "
                     f"{last[key]:.4f} at update {last['update']}"
