@@ -54,7 +54,7 @@ def is_merged(layer: torch.nn.Module) -> bool:
 )
 def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str], loras: int):
     """Parameters exactly; activations as the real networks keep them, LoRAs included."""
-    own = {"method": method, "method_options": options, "tensorboard": False}
+    own = {"method": method, "method_options": options, "tensorboard": False, "sample_prompts": 1}
     precision = own_precision()  # an imitated bf16 takes minutes
     config = load_config(None, {**recipe("emoji"), **own, "precision": precision})
     family = load_family("emoji", precision=precision)
