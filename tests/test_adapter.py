@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 from shortft import load_adapter
@@ -335,6 +336,48 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: P
     assert pipe.get_active_adapters() == ["b"]
     assert set(pipe.unet.peft_config) == {"a", "b"}
     torch.testing.assert_close(theirs(pipe, 10), before, atol=0, rtol=0)
+    make_adapter(tmp_path / "cut")  # one that diffusers finds out halfway
+
+    def fails(*_: object, adapter_name: str, **options: object) -> None:
+        whole(*_, adapter_name=adapter_name, **options)
+        if adapter_name == "shortft_2":
+            raise ValueError("no")
+
+    whole, pipe.load_lora_weights = pipe.load_lora_weights, fails
+    pipe.disable_lora()
+    with pytest.raises(UserError, match=r"lora_2.safetensors: does not fit this pipeline"):
+        load_adapter(pipe, tmp_path / "cut")
+    pipe.enable_lora()
+    torch.testing.assert_close(theirs(pipe, 10), before, atol=0, rtol=0)
+
+
+def test_removal_by_an_old_handle_or_after_a_switch_touches_nothing_else(tmp_path: Path):
+    make_adapter(tmp_path / "adapter")
+    pipe, fresh = tiny_pipeline(), tiny_pipeline()
+    config = LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(config, "style")  # on layers that the adapter does not touch, too
+    old = load_adapter(pipe, tmp_path / "adapter")
+    pipe.set_adapters("shortft_1")  # the style is silenced
+    theirs(pipe, 10)
+    old.remove()
+    torch.testing.assert_close(theirs(pipe, 10), theirs(fresh, 10), atol=1e-6, rtol=0)
+    old = load_adapter(pipe, tmp_path / "adapter")
+    pipe.unload_lora_weights()
+    load_adapter(pipe, tmp_path / "adapter")
+    tuned = theirs(pipe, 10)
+    old.remove()
+    torch.testing.assert_close(theirs(pipe, 10), tuned, atol=0, rtol=0)
+
+
+def test_a_lora_that_is_fused_later_is_told(tmp_path: Path):
+    make_adapter(tmp_path / "adapter")
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(**style_of(tmp_path / "style"), adapter_name="style")
+    load_adapter(pipe, tmp_path / "adapter")
+    pipe.fuse_lora(adapter_names=["style"])
+    with pytest.raises(RuntimeError, match=r"call pipe.unfuse_lora\(\)"):
+        theirs(pipe, 10)
 
 
 def test_a_full_disk_keeps_the_adapter_before_it_and_what_others_put_there(tmp_path, monkeypatch):

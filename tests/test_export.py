@@ -392,8 +392,8 @@ def test_a_card_tells_what_the_exported_adapter_scored(tmp_path: Path):
         {"update": 0, "eval_reward": None, "eval_held_out": 0.75, "best": True},
         {"update": 2, "eval_reward": 0.5, "eval_held_out": 0.7},
         {"update": 4, "eval_reward": 1.0, "eval_held_out": 0.6, "best": True},
-        {"update": 6, "eval_reward": 2.0, "eval_held_out": 0.1, "guard": "hacked"},
-        {"update": 8, "eval_reward": None, "eval_held_out": None},
+        {"update": 6, "eval_reward": 2.0, "eval_held_out": 0.1},
+        {"update": 8, "eval_reward": None, "eval_held_out": None, "guard": "hacked"},
     ]
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))

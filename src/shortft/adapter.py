@@ -198,7 +198,8 @@ class TimestepRouter:
     At every call of the denoiser it looks up how many LoRAs act at that timestep of the
     pipeline's own schedule, so that any number of inference steps works. Other adapters are the
     pipeline's business, also those that come or are switched later; `pipe.disable_lora()` switches
-    these off as well, and `pipe.unload_lora_weights()` ends the routing.
+    these off as well, and `pipe.unload_lora_weights()` ends the routing. What was disabled before
+    stays inactive.
     """
 
     def __init__(self, pipe: Any, info: AdapterInfo, strength: float) -> None:
@@ -261,6 +262,11 @@ class TimestepRouter:
         """Let the first LoRAs act, beside whatever else is active in their layers."""
         own, changed = self._names[:count], False
         for layer in self._layers:
+            if layer.merged:
+                raise RuntimeError(
+                    "a LoRA was fused into the denoiser after load_adapter, so that the adapter "
+                    "cannot act; call pipe.unfuse_lora(), or fuse it before load_adapter"
+                )
             active = list(layer.active_adapters)
             others = [name for name in active if name not in self._names]
             wanted = others + [name for name in own if name in layer.lora_A]
@@ -280,12 +286,19 @@ class TimestepRouter:
     def end(self) -> None:
         """Stop routing; LoRAs that are still there stay as they are."""
         self._hook.remove()
+        self._layers = []
         if getattr(self._denoiser, ROUTER, None) is self:
             delattr(self._denoiser, ROUTER)
 
     def remove(self) -> None:
         """Take the LoRAs and the routing out of the pipeline again."""
-        self._switch(0)
+        if getattr(self._denoiser, ROUTER, None) not in (None, self):
+            return  # they were unloaded, and another adapter's took their place
+        for layer in lora_layers(self._denoiser):  # the pipeline may have put them anywhere
+            others = [name for name in layer.active_adapters if name not in self._names]
+            if list(layer.active_adapters) != others:
+                layer.set_adapter(others)
+        self._denoiser.requires_grad_(False)
         self.end()
         self._pipe.delete_adapters(self._names)
 
@@ -313,8 +326,10 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     denoiser = denoiser_of(pipe)
     if set(names) & set(getattr(denoiser, "peft_config", {})):
         raise UserError(f"{directory}: the pipeline holds an adapter already; remove() it first")
+    for number in range(1, info.loras + 1):
+        _check_fit(pipe, directory / lora_file(number), info)
     before = {
-        layer: [] if layer.disable_adapters else list(layer.active_adapters)
+        layer: (list(layer.active_adapters), layer.disable_adapters)
         for layer in lora_layers(denoiser)
     }
     for number, name in enumerate(names, start=1):
@@ -323,40 +338,49 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
                 pipe.load_lora_weights(
                     str(directory), weight_name=lora_file(number), adapter_name=name
                 )
-            _check_complete(denoiser, name, directory / lora_file(number))
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             half_loaded = set(names) & set(getattr(denoiser, "peft_config", {}))
             if half_loaded:
                 pipe.delete_adapters(sorted(half_loaded))
-            _give_back(denoiser, before)
+            for layer, (active, disabled) in before.items():
+                layer.set_adapter(active)
+                layer.enable_adapters(not disabled)
+            denoiser.requires_grad_(False)
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{directory / lora_file(number)}: does not fit this pipeline ({reason}); the "
                 f"adapter was trained on {info.base_model}"
             ) from error
-    _give_back(denoiser, before)
+    for layer in lora_layers(denoiser):  # loading made the last one the only one
+        active, disabled = before.get(layer, ([], False))
+        layer.enable_adapters(True)
+        layer.set_adapter([] if disabled else active)
     return TimestepRouter(pipe, info, strength)
 
 
-def _check_complete(denoiser: nn.Module, name: str, file: Path) -> None:
-    """Whether a file's LoRA is in the denoiser as a whole: diffusers leaves out what it lacks.
+def _check_fit(pipe: Any, file: Path, info: AdapterInfo) -> None:
+    """Whether the denoiser has every layer of a LoRA file: diffusers leaves out what it lacks.
 
     Raises:
-        ValueError: if not.
+        UserError: if not.
     """
+    denoiser = denoiser_of(pipe)
+    part = "transformer" if pipe.components.get("transformer") is denoiser else "unet"
     with safe_open(str(file), "pt") as opened:
-        wanted = sum(".lora_A." in key for key in opened.keys())  # noqa: SIM118
-    found = sum(name in layer.lora_A for layer in lora_layers(denoiser))
-    if found != wanted:
-        raise ValueError(f"{found} of its {wanted} layers are there")
-
-
-def _give_back(denoiser: nn.Module, before: Mapping[LoraLayer, list[str]]) -> None:
-    """Let those adapters act that did: loading another makes it the only one."""
-    for layer in lora_layers(denoiser):
-        layer.enable_adapters(True)
-        layer.set_adapter(before.get(layer, []))
-    denoiser.requires_grad_(False)
+        for key in opened.keys():  # noqa: SIM118
+            path, _, side = key.removeprefix(f"{part}.").rpartition(".lora_")
+            try:
+                found: Any = denoiser.get_submodule(path) if key.startswith(f"{part}.") else None
+                layer = found.get_base_layer() if isinstance(found, LoraLayer) else found
+                outer, inner = opened.get_slice(key).get_shape()[:2]
+                fits = inner == layer.in_features if side[0] == "A" else outer == layer.out_features
+            except (AttributeError, ValueError, IndexError):
+                fits = False
+            if not fits:
+                raise UserError(
+                    f"{file}: does not fit this pipeline, whose {part} has no such layer "
+                    f"({key}); the adapter was trained on {info.base_model}"
+                )
 
 
 def load_into(nets: ModelNetworks, directory: Path) -> None:

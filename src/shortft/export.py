@@ -213,8 +213,8 @@ def export_command(
             f"{lora_file(1)} (diffusers' layout) beside the few-step LoRA"
         )
     own_reward = str(info.config.get("reward", ""))
-    if reward is not None:
-        check_models_are_used(scorers(reward), reward_model)
+    if reward is not None or ships(own_reward):
+        check_models_are_used(scorers(reward or own_reward), reward_model)
     base = model or info.base_model
     try:
         states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]

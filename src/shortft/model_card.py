@@ -141,7 +141,8 @@ def run_figures(adapter: Path, guard: str | None = None) -> list[str]:
         adapter: a folder of the run; of ``best``, and where ``guard: stop`` went back to it, the
             figures are those of the best evaluation, else those of the last.
     """
-    log = adapter.resolve().parent / "metrics.jsonl"
+    adapter = adapter.resolve()
+    log = adapter.parent / "metrics.jsonl"
     if not log.is_file():
         return []
     metrics = read_metrics(log)
@@ -150,7 +151,7 @@ def run_figures(adapter: Path, guard: str | None = None) -> list[str]:
         seconds = sum(float(row.get("seconds", 0)) for row in metrics.updates)
         lines.append(f"- {len(metrics.updates)} updates, {seconds / 60:.1f} minutes of training")
     best = [row for row in metrics.evaluations if row.get("best")]
-    went_back = guard == "stop" and any("guard" in row for row in metrics.evaluations)
+    went_back = guard == "stop" and any("guard" in row for row in metrics.evaluations[-1:])
     looks = best if adapter.name == "best" or went_back else metrics.evaluations
     for key, name in (("eval_reward", "reward"), ("eval_held_out", "held-out scorer")):
         # A score that was not finite is null in the log.
