@@ -414,8 +414,7 @@ class Config(BaseModel):
             raise _bad_value(
                 "guard", "stop", "needs evaluations", "give --sample-every or --sample-times"
             )
-        names = scorers(self.reward) | (scorers(self.held_out) if self.held_out else set())
-        check_models_are_used(names, self.reward_model)
+        check_models_are_used(self.scorers, self.reward_model)
         self._check_stage_shares()
         if METHODS[self.method].few_step and self.shortcut == "none":
             raise UserError(
@@ -430,6 +429,11 @@ class Config(BaseModel):
             )
         object.__setattr__(self, "method_options", options)
         return self
+
+    @property
+    def scorers(self) -> set[str]:
+        """The single rewards that a run loads: what it maximises, and what only measures."""
+        return scorers(self.reward) | (scorers(self.held_out) if self.held_out else set())
 
     def _check_stage_shares(self) -> None:
         shares = self.stage_shares

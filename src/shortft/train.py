@@ -31,7 +31,6 @@ from shortft.precision import emulated, settled
 from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
 from shortft.rewards.places import parse_reward_models
-from shortft.rewards.spec import scorers
 from shortft.trainer import Trainer
 from shortft.watch import look
 
@@ -171,7 +170,7 @@ def remarks(trainer: Trainer) -> list[str]:
     warning = anchor_warning(config.reward)
     if warning:
         found.append(f"warning: {warning}")
-    names = scorers(config.reward) | (scorers(config.held_out) if config.held_out else set())
+    names = config.scorers
     if (
         config.model != EMBEDDED
         and "clip" in names - parse_reward_models(config.reward_model).keys()

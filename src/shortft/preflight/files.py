@@ -22,10 +22,8 @@ from shortft.methods import METHODS
 from shortft.networks import SHORTCUT
 from shortft.paths import is_dir, is_file
 from shortft.preflight.outline import ENCODERS, outline
-from shortft.preflight.places import specs
 from shortft.rewards.files import find_file, read_weights
 from shortft.rewards.places import FILES, Place, reward_places
-from shortft.rewards.spec import scorers
 from shortft.weights_file import check_weights_file
 
 NETWORK, TRANSFORMER = "diffusion_pytorch_model", "model"  # diffusers' names, and transformers'
@@ -63,7 +61,7 @@ def _looks(config: Config) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "decoder", partial(_check_weights, f"--decoder {decoder}", Path(decoder), NETWORK)
     if METHODS[config.method].uses_segments and is_file(config.shortcut):
         yield "shortcut", partial(_check_shortcut, config)
-    names = {name for spec in specs(config) for name in scorers(spec)}
+    names = config.scorers
     for name, reward in reward_places(names, config.reward_model).items():
         if reward.is_local:
             yield f"reward {name}", partial(_check_reward, reward)

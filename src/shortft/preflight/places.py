@@ -14,7 +14,6 @@ from shortft.config import Config
 from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
 from shortft.rewards.places import BERT, CLIP_L, COMPANIONS, FILES, VIT_H, reward_places
-from shortft.rewards.spec import scorers
 from shortft.shortcuts import AUTO, BASE_JUMPS, PUBLISHED, ships
 
 # Hub id → outline of the released model (see tools/outlines.py), and GB that a download takes:
@@ -68,7 +67,7 @@ def needed(config: Config) -> list[Place]:
     if own is not None:
         name = own if config.shortcut == AUTO else config.shortcut
         places.append(Place("shortcut", name, _shortcut_gb(name)))
-    names = {name for spec in specs(config) for name in scorers(spec)}
+    names = config.scorers
     for name, place in reward_places(names, config.reward_model).items():
         files = [FILES.get(name, "model.safetensors")]
         gb = REWARD_GB.get(name, 1.0)
