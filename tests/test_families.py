@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -557,9 +558,11 @@ def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
         load_family(str(tmp_path))
     with pytest.raises(UserError, match="owner/name@main: no model there"):
         load_family("owner/name@main")
-    (models["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "away")
+    # A copy: other tests need the model, in whichever order they run.
+    damaged = shutil.copytree(models["sdxl"], tmp_path / "damaged")
+    (damaged / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded as a StableDiffusionXLPipeline"):
-        load_family(str(models["sdxl"]))
+        load_family(str(damaged))
 
 
 def test_a_repository_with_half_precision_weights_only(tmp_path: Path):
