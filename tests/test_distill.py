@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shortft.chain import run_chain
 from shortft.cli import main
 from shortft.distill import Bank, Distiller
-from shortft.distill_command import distill_command
+from shortft.distill_command import distill, distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, view
 from shortft.plans import base_plan
 from shortft.schedule import segments
 from shortft.shortcut_check import (
+    Fidelity,
     Jumper,
     Jumping,
     better_than_ddim,
@@ -119,10 +121,9 @@ def test_both_ways_bring_the_jumps_closer(distiller: Distiller, kind: str):
     optimizer = torch.optim.Adam(distiller.parameters.values(), lr=1e-3)
     for _ in range(150):
         if kind == "regression":
-            loss = distiller.regression_loss(bank, 32)
+            distiller.update(lambda: distiller.regression_loss(bank, 32), optimizer)
         else:
-            loss = distiller.consistency_loss(images, prompts, 32)
-        distiller.update(loss, optimizer)
+            distiller.update(lambda: distiller.consistency_loss(images, prompts, 32), optimizer)
     assert error() < 0.93 * before
 
 
@@ -155,7 +156,7 @@ def test_the_base_is_never_trained(distiller: Distiller):
     bank = Bank()
     distiller.true_pieces(bank, 4)
     optimizer = torch.optim.Adam(distiller.parameters.values(), lr=1e-2)
-    distiller.update(distiller.regression_loss(bank, 4), optimizer)
+    distiller.update(lambda: distiller.regression_loss(bank, 4), optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, base, strict=True))
     assert not any(p.requires_grad for p in base)
 
@@ -197,6 +198,88 @@ def test_jump_plan_has_one_jump_per_segment():
     schedule = tiny_family().schedule(STEPS)
     assert [s.net for s in jump_plan(schedule, K, first=True).steps] == ["shortcut", "base"] * K
     assert sum(s.net == "shortcut" for s in jump_plan(schedule, K, first=False).steps) == K - 1
+
+
+def test_folded_into_the_weights_or_as_branches_the_lora_is_the_same(
+    distiller: Distiller, monkeypatch: pytest.MonkeyPatch
+):
+    for parameter in distiller.parameters.values():
+        nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    bank = Bank()
+    distiller.true_pieces(bank, 8)
+    draws, found = distiller._draws, []
+    for folded_from in (1, 99):
+        monkeypatch.setattr("shortft.distill.FOLDED_FROM", folded_from)
+        distiller._draws = draws
+        loss = distiller.regression_loss(bank, 8).mean()
+        found.append([loss, *torch.autograd.grad(loss, list(distiller.parameters.values()))])
+    assert float(found[0][0]) > 0.01
+    for folded, branches in zip(*found, strict=True):
+        torch.testing.assert_close(folded, branches, rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_in_parts_takes_their_mean_gradient(distiller: Distiller):
+    bank = Bank()
+    distiller.true_pieces(bank, 8)
+    losses = [distiller.regression_loss(bank, n) for n in (4, 4)]
+    chosen = list(distiller.parameters.values())
+    wanted = torch.autograd.grad(torch.cat(losses).mean(), chosen, retain_graph=True)
+    drawn = iter(losses)
+    loss = distiller.update(lambda: next(drawn), torch.optim.SGD(chosen, lr=0.0), parts=2)
+    assert loss == pytest.approx(float(torch.cat(losses).mean().detach()), rel=1e-6)
+    norm = torch.cat([g.flatten() for g in wanted]).norm().clamp(min=1.0)  # clipped to 1
+    for parameter, gradient in zip(chosen, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient / norm, rtol=1e-4, atol=1e-7)
+
+
+class Slow:
+    """A distiller on a clock that stands still but for what it says its work takes."""
+
+    parameters: ClassVar = {"a": nn.Parameter(torch.zeros(1))}
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.updates, self.walks, self.measured = 0.0, 0, 0, 0
+        monkeypatch.setattr("shortft.distill_command.time.monotonic", lambda: self.now)
+
+    def true_pieces(self, bank: Bank, count: int) -> torch.Tensor:
+        self.walks += 1
+        self.now += 20
+        piece = torch.zeros(count, 1, 1, 1)
+        bank.add(0, 1, piece, piece, torch.zeros(count, dtype=torch.long))
+        return piece
+
+    def visited_pieces(self, bank: Bank, count: int) -> None:
+        self.now += 20
+
+    def update(self, *_: object) -> float:
+        self.updates += 1
+        self.now += 1
+        return 1.0
+
+    def fidelity(self) -> Fidelity:
+        self.measured += 1
+        self.now += 100
+        return Fidelity("shortcut", 1, (0.5,), 30.0, 20.0)
+
+
+def test_walking_and_measuring_leave_time_to_train(monkeypatch: pytest.MonkeyPatch):
+    slow = Slow(monkeypatch)
+    made = distill(
+        cast(Distiller, slow),
+        "regression",
+        minutes=60,
+        batch_size=4,
+        learning_rate=1e-3,
+        trajectories=2000,
+        report=lambda _: None,
+        save=lambda: None,
+        fidelity=slow.fidelity,
+        sample_batch=8,
+    )
+    assert made == 8 * slow.walks < 2000
+    assert 3600 * 0.4 - 40 <= slow.updates < 3600 * 0.5  # of an hour, the rest of it walked
+    assert 3 <= slow.measured <= 5  # a tenth as much again
+    assert slow.now == pytest.approx(3600 + 100 * slow.measured, abs=40)
 
 
 def interrupted(*_: object, **__: object) -> None:

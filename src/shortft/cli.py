@@ -86,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, USAGE_ERROR):
             message = error.format_message()  # type: ignore[attr-defined]
         elif _ran_out(error):
-            message = "out of memory; a smaller --batch-size or --precision bf16 takes less"
+            less = "a smaller --batch-size or --precision bf16 takes less"
+            ways = {
+                "demo": "end what else runs here",
+                "compare": f"{less}, in another --output-dir",
+            }
+            message = f"out of memory; {ways.get(typed[0] if typed else '', less)}"
         else:
             raise
     except KeyboardInterrupt:
@@ -328,7 +333,10 @@ def shortcut(
     ] = "regression",
     minutes: Annotated[float, typer.Option(min=0.01, help="Training time.")] = 20.0,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
-    batch_size: BatchOption = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per update.")] = 32,
+    accumulation: Annotated[
+        int, typer.Option(min=1, help="Parts of a batch, to save memory; divides it.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(min=1e-9, help="Learning rate.")] = 1e-3,
     num_steps: StepsOption = 50,
     segments: SegmentsOption = 4,
@@ -336,7 +344,9 @@ def shortcut(
     shortcut_guidance_scale: Annotated[
         float, typer.Option(min=1, help="Guidance that the shortcut runs with; 1 = none.")
     ] = 1.0,
-    trajectories: Annotated[int, typer.Option(min=1, help="Size of the teacher's bank.")] = 2000,
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="Size of the teacher's bank, as far as time allows.")
+    ] = 2000,
     seed: SeedOption = 0,
     prompts: PromptsOption = None,
     resolution: ResolutionOption = None,
@@ -355,6 +365,7 @@ def shortcut(
         minutes=minutes,
         rank=rank,
         batch_size=batch_size,
+        accumulation=accumulation,
         learning_rate=learning_rate,
         num_steps=num_steps,
         segments=segments,

@@ -21,6 +21,9 @@ from shortft.seeds import sample_seed
 from shortft.shortcut_check import Fidelity, Jumper, measure
 
 Kind = Literal["regression", "consistency"]
+AT_FIRST, LATER = 0.2, 0.4  # shares of the budget that walking trajectories may take
+MEASURING = 0.1  # seconds of measuring on the way for each second of training, at most
+EVERY = 150  # seconds between saves
 
 
 def distill(
@@ -35,12 +38,17 @@ def distill(
     save: Callable[[], None],
     fidelity: Callable[[], Fidelity],
     sample_batch: int = 64,
-) -> None:
+    accumulation: int = 1,
+) -> int:
     """Train for a wall-clock budget, sampling trajectories included, measuring not.
 
     A quarter of the trajectories is made before the first update, the rest evenly over three
-    quarters of the time. After 30 % of it, regression adds states of the shortened chain for as
+    quarters of the time; fewer where that took more than a fifth of the time at first, or
+    three fifths in all. After 30 % of it, regression adds states of the shortened chain for as
     many prompts as it adds true trajectories.
+
+    Returns:
+        how many trajectories were made.
     """
     began = time.monotonic()
     budget = minutes * 60
@@ -51,6 +59,7 @@ def distill(
     images: list[Tensor] = []
     prompts: list[Tensor] = []
     made = 0
+    walking = measuring = 0.0  # seconds
     last_report = last_save = began
 
     def more(count: int) -> None:
@@ -60,24 +69,31 @@ def distill(
         prompts.append(bank.prompt[before : before + count])
         made += count
 
+    def draw() -> Tensor:
+        count = batch_size // accumulation
+        if kind == "regression":
+            return distiller.regression_loss(bank, count)
+        return distiller.consistency_loss(torch.cat(images), torch.cat(prompts), count)
+
     smooth: float | None = None
     while (elapsed := time.monotonic() - began) < budget:
         done = elapsed / budget
-        if made < trajectories * min(1.0, 0.25 + done):
+        affordable = not made or walking < budget * (AT_FIRST + LATER * done)
+        if made < trajectories * min(1.0, 0.25 + done) and affordable:
+            set_out = time.monotonic()
             more(sample_batch)
             if kind == "regression" and distiller.updates and done > 0.3:
                 distiller.visited_pieces(bank, sample_batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            walking += time.monotonic() - set_out
             if made < trajectories * 0.25:
                 continue
         warm = min(1.0, distiller.updates / 50 + 0.02)
         rate = learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if kind == "regression":
-            loss_B = distiller.regression_loss(bank, batch_size)
-        else:
-            loss_B = distiller.consistency_loss(torch.cat(images), torch.cat(prompts), batch_size)
-        loss = distiller.update(loss_B, optimizer)
+        loss = distiller.update(draw, optimizer, accumulation)
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         now = time.monotonic()
         if now - last_report > 20:
@@ -86,14 +102,17 @@ def distill(
                 f"{elapsed / 60:5.1f} min  update {distiller.updates}  loss {smooth:.4f}  "
                 f"lr {rate:.1e}  trajectories {made}  pieces {len(bank)}"
             )
-        if now - last_save > 150:
+        if now - last_save > EVERY:
             save()
-            f = fidelity()
-            errors = " ".join(f"{e:.3f}" for e in f.jump_error)
-            report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
             last_save = time.monotonic()
-            began += last_save - now
+            if measuring <= MEASURING * elapsed:
+                f = fidelity()
+                errors = " ".join(f"{e:.3f}" for e in f.jump_error)
+                report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
+                took = time.monotonic() - last_save
+                measuring, began, last_save = measuring + took, began + took, last_save + took
     save()
+    return made
 
 
 def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
@@ -138,6 +157,7 @@ def distill_command(
     prompts_path: Path | None = None,
     pipeline: str | None = None,
     resolution: int | None = None,
+    accumulation: int = 1,
 ) -> None:
     """`shortft shortcut`: make a shortcut LoRA for a model and say how faithful it is."""
     from rich.console import Console
@@ -147,6 +167,11 @@ def distill_command(
     from shortft.inputs import read_prompts
     from shortft.sampling import check_segments
 
+    if batch_size % accumulation:
+        raise UserError(
+            f"--accumulation {accumulation}: does not divide --batch-size {batch_size}; choose "
+            "one of its divisors"
+        )
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end in .safetensors")
     if output.exists() and not resume:
@@ -217,7 +242,7 @@ def distill_command(
             batch_size=batch_size,
         )
 
-    distill(
+    made = distill(
         distiller,
         kind,
         minutes=minutes,
@@ -227,7 +252,8 @@ def distill_command(
         report=console.print,
         save=lambda: distiller.save(output),
         fidelity=lambda: fidelity()[0],
-        sample_batch=min(64, 2 * batch_size),  # without gradient there is room for more
+        sample_batch=min(64, 2 * batch_size // accumulation),  # without gradient there is room
+        accumulation=accumulation,
     )
     figures: dict[str, Any] = {
         "precision": precision,
@@ -236,8 +262,9 @@ def distill_command(
         "updates": distiller.updates,
         "rank": rank,
         "batch_size": batch_size,
+        "accumulation": accumulation,
         "learning_rate": learning_rate,
-        "trajectories": trajectories,
+        "trajectories": made,
         "seed": seed,
         "held_out": [
             vars(f)
