@@ -373,13 +373,13 @@ def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
     (device,) = machine.devices()
-    assert device.free == 10**9
+    assert device.free() == 10**9
     config = load_config(None, recipe("emoji"))
     found = estimate(config, asset("emoji"), gpu=True, speed=1e9)
     check = dry_run.check_memory(config, found, device)
     assert "1.0 GB free now" in check.found
     assert "a GPU 1.0 GB are free; end what else runs there" in (check.problem or "")
-    roomy = replace(device, free=79 * 10**9)
+    roomy = replace(device, free=lambda: 79 * 10**9)
     assert dry_run.check_memory(config, found, roomy).problem is None
 
     def taken(index: int) -> None:
@@ -387,7 +387,7 @@ def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", taken)
     (device,) = machine.devices()
-    assert device.free is None
+    assert device.free() is None
     assert dry_run.check_memory(config, found, device).problem is None
 
 

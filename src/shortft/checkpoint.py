@@ -109,9 +109,13 @@ def save_checkpoint(
 
 
 def manifest_of(files: Mapping[str, bytes]) -> bytes:
-    """The SHA-256 sums of files, in the one spelling that is accepted."""
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    return json.dumps(sums, indent=2).encode()
+    """The manifest of files."""
+    return manifest({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+
+
+def manifest(sums: Mapping[str, str]) -> bytes:
+    """File → SHA-256 sum, in the one spelling that is accepted."""
+    return json.dumps(dict(sorted(sums.items())), indent=2).encode()
 
 
 def load_latest(root: Path) -> tuple[Checkpoint, list[str]]:
@@ -150,22 +154,20 @@ def names_in(root: Path) -> list[str]:
 
 def _read(path: Path) -> Checkpoint:
     written = (path / MANIFEST).read_bytes()
-    files = {}
+    sums, tensors, state = {}, {}, None
     for name, digest in json.loads(written).items():
         if Path(name).name != name or not (path / name).is_file():
             raise ValueError(f"{name} is no file of it")
         data = (path / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
+        sums[name] = hashlib.sha256(data).hexdigest()
+        if sums[name] != digest:
             raise ValueError(f"{name} does not match its checksum")
-        files[name] = data
-    if manifest_of(files) != written:
+        if name.endswith(".safetensors"):  # at once: files and tensors together are twice as much
+            tensors[name.removesuffix(".safetensors")] = load(data)
+        elif name == STATE:
+            state = json.loads(data)
+    if manifest(sums) != written:
         raise ValueError(f"{MANIFEST} was changed")
-    tensors = {
-        name.removesuffix(".safetensors"): load(data)
-        for name, data in files.items()
-        if name.endswith(".safetensors")
-    }
-    state = json.loads(files[STATE])
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} is a {type(state).__name__}")
     return Checkpoint(path, tensors, state)

@@ -13,6 +13,10 @@ class Torn(UserError):
     """Something failed while weights were being changed: this state must not be saved."""
 
 
+class AllAtOnce(UserError):
+    """A mistake that every process of a run meets after the same update."""
+
+
 class NotFinite(UserError):
     """A measured score is not a finite number.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shortft.errors import UserError
+from shortft.launcher import traceback_file
 from shortft.rewards.combine import WeightedSum
 
 
@@ -38,7 +39,8 @@ def judge(
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"--reward {part.name}: raised {type(error).__name__}"
-                f"{': ' + reason[0] if reason else ''}; the whole traceback is in error.txt"
+                f"{': ' + reason[0] if reason else ''}; the whole traceback is in "
+                f"{traceback_file()}"
             ) from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -61,13 +61,14 @@ def advice(config: Config, micro_batch: int) -> str:
     """The message when memory ran out: which options save how much."""
     ways = savings(config)
     found = f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
+    kept = "nothing is lost, go on" if processes() == 1 else "go on from the last checkpoint"
     if not ways:
         return f"{found}start a new run with a smaller --rank, or a smaller model"
     listed = ", ".join(
         f"{option}{' --allow-change' if option.split()[0] in NEED_LEAVE else ''} ({what})"
         for option, what in ways.items()
     )
-    return f"{found}nothing is lost, go on by --resume with {listed}"
+    return f"{found}{kept} by --resume with {listed}"
 
 
 @contextmanager

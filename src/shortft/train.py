@@ -18,11 +18,11 @@ from shortft.confined import RUN, refuse_links
 from shortft.drawing.curves import draw_curves
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
-from shortft.errors import Stopped, Torn, UserError
+from shortft.errors import AllAtOnce, Stopped, Torn, UserError
 from shortft.faithful import require_faithful
 from shortft.inputs import parse_yaml
 from shortft.interrupts import Interrupts
-from shortft.launcher import as_launched
+from shortft.launcher import as_launched, traceback_file
 from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
@@ -77,6 +77,7 @@ def train(
     if saved is not None:
         kept.restore(trainer, saved, allow_change=allow_change)
         log_bytes = saved.state["log_bytes"]
+        del saved  # as large as LoRAs and optimizer together
     trainer.check_same_start()
     with ExitStack() as stack, telling_of_disk(root):
         if trainer.accelerator.is_main_process:
@@ -134,8 +135,11 @@ def run(trainer: Trainer, log: MetricsLog, notes: list[str], *, resume: bool) ->
             interrupts.hold()
             if main:
                 kept.keep(trainer, log.position())
-                note_cause(root, reason)
                 progress.log(f"stopped after update {counters.update}; go on by --resume")
+            note_cause(root, reason)
+            if isinstance(reason, Stopped | AllAtOnce):
+                # torchrun ends all processes as soon as one has left: not before all is written.
+                trainer.accelerator.wait_for_everyone()
             trainer.accelerator.end_training()
             raise
         except RuntimeError as error:
@@ -334,7 +338,7 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def note_cause(root: Path, reason: BaseException) -> None:
-    """Keep the traceback of somebody else's error in error.txt."""
+    """Keep the traceback of somebody else's error in a file of the process that met it."""
     if reason.__cause__ is not None:
         text = "".join(traceback.format_exception(reason.__cause__))
-        write_atomic(root / "error.txt", text.encode())
+        write_atomic(root / traceback_file(), text.encode())

@@ -14,7 +14,7 @@ from torch import Tensor
 from shortft.assets import prompts_for
 from shortft.config import Config, option_name
 from shortft.ema import Average
-from shortft.errors import UserError
+from shortft.errors import AllAtOnce, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
 from shortft.fingerprint import fingerprint
@@ -317,16 +317,16 @@ class Trainer:
         """Give up where updates in a row changed nothing.
 
         Raises:
-            UserError: after `MAX_SKIPPED` that were not finite, or `MAX_FLAT` without gradient.
+            AllAtOnce: after `MAX_SKIPPED` that were not finite, or `MAX_FLAT` without gradient.
         """
         if self.counters.flat >= MAX_FLAT:
-            raise UserError(
+            raise AllAtOnce(
                 f"--reward {self.config.reward}: {MAX_FLAT} updates in a row had a gradient of "
                 "exactly 0, so that nothing is learned; its score must follow from the pixels "
                 "without rounding, thresholds and counting, and must not be at its limit already"
             )
         if self.counters.skipped >= MAX_SKIPPED:
-            raise UserError(
+            raise AllAtOnce(
                 f"--reward {self.config.reward}: {MAX_SKIPPED} updates in a row had a reward or a "
                 "gradient that is not finite; lower --learning-rate, or use --precision fp32"
             )
@@ -365,9 +365,13 @@ class Trainer:
         Raises:
             UserError: naming the reward that misbehaves.
         """
+        scores, size = [], self.micro_batch
         with scorer.at_work(images.device):
-            parts = judge(scorer, images, prompts, seconds=self.config.reward_seconds)
-            return float(scorer.combine(parts).mean())
+            for i in range(0, len(images), size):
+                few, of_few = images[i : i + size], prompts[i : i + size]
+                parts = judge(scorer, few, of_few, seconds=self.config.reward_seconds)
+                scores.append(scorer.combine(parts))
+        return float(torch.cat(scores).mean())
 
     def pictures(self) -> tuple[list[str], Tensor]:
         """Fixed prompts by the true chain: all from a first noise each, then from further ones."""

@@ -22,6 +22,7 @@ from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
 from shortft.preflight.files import problems
 from shortft.preflight.places import configurations, needed
 from shortft.redact import without_login
+from shortft.rewards.registry import REWARDS
 from shortft.schedule import segments
 from shortft.shortcuts import check_fits
 
@@ -55,12 +56,19 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
     checks = [*check_places(config), check_prompts(config), check_output(config, resume=resume)]
     found: Estimate | None = None
     if folder is None:
-        checks.append(Check("memory", "not estimated: the model's size is known once it is here"))
+        text = (
+            "not estimated: the model's size is known once it is here; with its base's id for "
+            "--model it is"
+        )
+        checks.append(Check("memory", text))
     else:
         speed = measure_speed(device.kind, config.precision)
         found = estimate(config, folder, gpu=device.kind == "cuda", speed=speed)
         checks += [check_memory(config, found, device), check_disk(config, found)]
         draw(console, config, found)
+    own = sorted(config.scorers - REWARDS.keys())
+    if own and found is not None:
+        checks.append(Check("memory", f"not counted: networks of {', '.join(own)}"))
     slow = emulated(config)
     if slow:
         checks.append(Check("warning", slow))
@@ -145,16 +153,17 @@ def check_memory(config: Config, found: Estimate, device: machine.Device) -> Che
         f"about {memory_text(found.peak)} of {memory_text(device.total)} ({device.name}), "
         f"{config.precision}"
     )
-    if device.free is not None:
-        text += f"; {memory_text(device.free)} free now"
+    free = device.free()
+    if free is not None:
+        text += f"; {memory_text(free)} free now"
     if found.peak <= device.total:
-        if device.free is None or found.peak <= device.free:
+        if free is None or found.peak <= free:
             return Check("memory", text)
         return Check(
             "memory",
             text,
             f"--model {config.model}: the run takes about {memory_text(found.peak)}, of "
-            f"{device.name} {memory_text(device.free)} are free; end what else runs there "
+            f"{device.name} {memory_text(free)} are free; end what else runs there "
             f"(nvidia-smi lists it), or {advice(config)}",
         )
     largest = max(found.parts, key=lambda name: found.parts[name])

@@ -9,7 +9,9 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,14 +30,15 @@ class Device:
         name: of the device.
         total: bytes of memory.
         bf16: whether it computes in bf16, rather than imitating it.
-        free: bytes of memory that nothing else holds now; None where that cannot be told.
+        free: asks for the bytes of memory that nothing else holds now; None where that cannot be
+            told. Asking a GPU takes some of its memory until the process ends.
     """
 
     kind: str
     name: str
     total: int
     bf16: bool
-    free: int | None = None
+    free: Callable[[], int | None] = lambda: None
 
 
 def devices() -> list[Device]:
@@ -43,7 +46,13 @@ def devices() -> list[Device]:
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return [
-            Device("cuda", torch.cuda.get_device_name(i), _gpu_bytes(i), bf16, _free_gpu_bytes(i))
+            Device(
+                "cuda",
+                torch.cuda.get_device_name(i),
+                _gpu_bytes(i),
+                bf16,
+                partial(_free_gpu_bytes, i),
+            )
             for i in range(torch.cuda.device_count())
         ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
