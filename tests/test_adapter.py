@@ -234,9 +234,12 @@ def test_a_second_adapter_is_refused_and_a_failed_one_leaves_nothing(tmp_path: P
     with pytest.raises(UserError, match="remove"):
         load_adapter(pipe, tmp_path)
     router.remove()
-    (tmp_path / "lora_2.safetensors").write_bytes(b"junk")
-    with pytest.raises(UserError, match="lora_2"):
-        load_adapter(pipe, tmp_path)
+    whole = (tmp_path / "lora_2.safetensors").read_bytes()
+    for damaged in (b"junk", whole.replace(b'"F32"', b'"F3Z"', 1)):
+        assert damaged != whole
+        (tmp_path / "lora_2.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"lora_2.*damaged"):
+            load_adapter(pipe, tmp_path)
     torch.testing.assert_close(theirs(pipe, 10), base, atol=0, rtol=0)
 
 
@@ -349,6 +352,22 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: P
         load_adapter(pipe, tmp_path / "cut")
     pipe.enable_lora()
     torch.testing.assert_close(theirs(pipe, 10), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_was_disabled_comes_back_when_it_is_enabled_after_removal(tmp_path: Path, drawn: bool):
+    make_adapter(tmp_path / "adapter")
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(**style_of(tmp_path / "style"), adapter_name="style")
+    styled = theirs(pipe, 10)
+    pipe.disable_lora()
+    router = load_adapter(pipe, tmp_path / "adapter")
+    if drawn:
+        theirs(pipe, 10)
+    router.remove()
+    torch.testing.assert_close(theirs(pipe, 10), theirs(tiny_pipeline(), 10), atol=1e-6, rtol=0)
+    pipe.enable_lora()
+    torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
 
 
 def test_removal_by_an_old_handle_or_after_a_switch_touches_nothing_else(tmp_path: Path):

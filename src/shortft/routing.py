@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,20 @@ class TimestepRouter:
     stays inactive.
     """
 
-    def __init__(self, pipe: Any, info: AdapterInfo, strength: float) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        info: AdapterInfo,
+        strength: float,
+        disabled: Mapping[LoraLayer, list[str]] | None = None,
+    ) -> None:
+        """Begin to route.
+
+        Args:
+            disabled: layers whose LoRAs were switched off before, with those that were chosen in
+                them: `remove` gives them back so.
+        """
+        self._disabled = disabled or {}
         self.info = info
         self.strength = strength
         self._pipe = pipe
@@ -134,15 +148,21 @@ class TimestepRouter:
         self._denoiser.requires_grad_(False)
         self.end()
         self._pipe.delete_adapters(self._names)
+        for layer, active in self._disabled.items():
+            if not layer.active_adapters and set(active) <= set(layer.lora_A):  # as they were left
+                layer.set_adapter(active)
+                layer.enable_adapters(False)
+        self._denoiser.requires_grad_(False)
 
 
 def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> TimestepRouter:
     """Load an adapter into a diffusers pipeline and route it by timestep.
 
     Args:
-        pipe: a pipeline of the family that the adapter was trained on. With DDIM, or flow
-            matching's Euler steps, its pictures are those of `shortft sample`; another scheduler
-            takes other steps, and the LoRAs act at the ends of the same segments of them.
+        pipe: a pipeline of the family that the adapter was trained on. With the training's number
+            of steps and size, and DDIM, Euler's steps (SDXL) or flow matching's, its pictures are
+            those of `shortft sample`; another scheduler takes other steps, and the LoRAs act at the
+            ends of the same segments of them.
         path: the adapter directory written by ``shortft train``.
         strength: scale of the LoRAs; 1 as trained.
 
@@ -188,7 +208,8 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
         active, disabled = before.get(layer, ([], False))
         layer.enable_adapters(True)
         layer.set_adapter([] if disabled else active)
-    return TimestepRouter(pipe, info, strength)
+    off = {layer: active for layer, (active, disabled) in before.items() if disabled}
+    return TimestepRouter(pipe, info, strength, off)
 
 
 def _check_fit(pipe: Any, file: Path, info: AdapterInfo) -> None:
@@ -199,18 +220,25 @@ def _check_fit(pipe: Any, file: Path, info: AdapterInfo) -> None:
     """
     denoiser = denoiser_of(pipe)
     part = "transformer" if pipe.components.get("transformer") is denoiser else "unet"
-    with safe_open(str(file), "pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            path, _, side = key.removeprefix(f"{part}.").rpartition(".lora_")
-            try:
-                found: Any = denoiser.get_submodule(path) if key.startswith(f"{part}.") else None
-                layer = found.get_base_layer() if isinstance(found, LoraLayer) else found
-                outer, inner = opened.get_slice(key).get_shape()[:2]
-                fits = inner == layer.in_features if side[0] == "A" else outer == layer.out_features
-            except (AttributeError, ValueError, IndexError):
-                fits = False
-            if not fits:
-                raise UserError(
-                    f"{file}: does not fit this pipeline, whose {part} has no such layer "
-                    f"({key}); the adapter was trained on {info.base_model}"
-                )
+    try:
+        with safe_open(str(file), "pt") as opened:
+            names = opened.keys()
+            shapes = {name: opened.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: damaged ({error}); copy the adapter again, or train again"
+        ) from error
+    for key, shape in shapes.items():
+        path, _, side = key.removeprefix(f"{part}.").rpartition(".lora_")
+        try:
+            found: Any = denoiser.get_submodule(path) if key.startswith(f"{part}.") else None
+            layer = found.get_base_layer() if isinstance(found, LoraLayer) else found
+            outer, inner = shape[:2]
+            fits = inner == layer.in_features if side[0] == "A" else outer == layer.out_features
+        except (AttributeError, ValueError, IndexError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{file}: does not fit this pipeline, whose {part} has no such layer "
+                f"({key}); the adapter was trained on {info.base_model}"
+            )
