@@ -332,6 +332,18 @@ def test_own_function_and_class(own):
     assert anchor_warning(f"symmetry,{own}:bright") is None
 
 
+def test_an_own_reward_finds_its_neighbours_and_gets_what_it_asks_for(own, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (own.parent / "a_neighbour.py").write_text("FACTOR = 2.0\n")
+    own.write_text(
+        "from a_neighbour import FACTOR\n"
+        + OWN.replace("device): self.device = device", "device, dtype): self.made = dtype")
+    )
+    dark = make_reward(f"{own}:Dark", dtype=torch.bfloat16).parts[0][0]
+    assert dark._scorer.made == torch.bfloat16
+    assert Path(sys.path[-1]) == own.parent  # behind everything that is installed
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

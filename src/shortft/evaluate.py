@@ -28,6 +28,7 @@ from shortft.sampling import generate, load_tuned
 from shortft.seeds import generator, sample_seed
 
 EVALUATION = 4  # place in the seed's name space
+SMALL = 256  # pixels: pictures of which 64 are scored at once
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ def _in_batches(
     images: Tensor,
     prompts: list[str],
     family: Family,
-    size: int = 64,
 ) -> Tensor:
     """A measure of many images, some at a time on the model's device; the result on the CPU."""
+    size = 64 if images.shape[-1] <= SMALL else 8
     parts = [
         measure(images[i : i + size].to(family.device), prompts[i : i + size]).float().cpu()
         for i in range(0, len(images), size)

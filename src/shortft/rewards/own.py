@@ -95,11 +95,11 @@ def check_file(name: str) -> None:
         )
 
 
-def load_own(name: str, device: torch.device | str) -> OwnReward:
+def load_own(name: str, device: torch.device | str, dtype: torch.dtype) -> OwnReward:
     """Import the user's code and wrap it.
 
-    A class is made without arguments, or with ``device`` if it asks for that, and must follow
-    `Reward`; anything else is called with (images, prompts).
+    A class is made without arguments, or with ``device`` and ``dtype`` as far as it asks for them,
+    and must follow `Reward`; anything else is called with (images, prompts).
 
     Raises:
         UserError: the import fails, or the object cannot be a reward.
@@ -113,8 +113,9 @@ def load_own(name: str, device: torch.device | str) -> OwnReward:
             found = entry.load()
         if inspect.isclass(found):
             make: Callable[..., Any] = found
-            wants_device = "device" in inspect.signature(make).parameters
-            found = make(device=device) if wants_device else make()
+            asked = inspect.signature(make).parameters
+            offered = {"device": device, "dtype": dtype}
+            found = make(**{name: value for name, value in offered.items() if name in asked})
             if not isinstance(found, Reward):
                 missing = sorted(_MEMBERS - set(dir(found)))
                 raise UserError(
@@ -156,6 +157,9 @@ def _bound_names(node: ast.stmt) -> set[str]:
 
 def _from_file(name: str) -> Any:
     path, attribute = split_spec(name)
+    beside = str(path.absolute().parent)
+    if beside not in sys.path:  # last, so that a neighbour hides no installed package
+        sys.path.append(beside)
     module_name = f"shortft_own_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     assert module_spec is not None  # its name ends in .py

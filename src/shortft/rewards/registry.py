@@ -125,7 +125,7 @@ def make_reward(
             return Conservative(name, [(make(part), w) for part, w in members], caution)
         if name in REWARDS:
             return REWARDS[name](places.get(name), device, number_format)
-        return load_own(name, device)
+        return load_own(name, device, number_format)
 
     parts = [(make(name), weight) for name, weight in parse_reward_spec(spec)]
     return WeightedSum(parts, device, visits=visits)
