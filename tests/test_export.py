@@ -97,7 +97,9 @@ def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
         export(tmp_path, "kohya", tmp_path / "out", "--prompts", str(place / "prompts.txt"))
         assert not ran.exists()
         assert "code runs only where it is named (--reward)" in capsys.readouterr().out
-        assert "was not measured" in (tmp_path / "out" / "README.md").read_text()
+        told = (tmp_path / "out" / "README.md").read_text()
+        assert "was not measured" in told
+        assert str(tmp_path) not in told
         shutil.rmtree(tmp_path / "out")
     prompts = ("--prompts", str(place / "prompts.txt"))
     export(tmp_path, "kohya", tmp_path / "out", *prompts, "--reward", f"{code}:f")
@@ -106,6 +108,7 @@ def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
     code.write_text("def f(images, prompts): return images.mean((1, 2, 3)) / 0 * 0\n")
     export(tmp_path, "kohya", tmp_path / "nan", *prompts, "--reward", f"{code}:f")
     assert "could not be measured: reward " in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "nan" / "README.md").read_text()
 
 
 def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(

@@ -30,7 +30,7 @@ from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
 from shortft.inputs import read_prompts
-from shortft.model_card import card, header, run_figures, shareable
+from shortft.model_card import card, header, public, run_figures, shareable, without_folders
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
@@ -222,13 +222,20 @@ def export_command(
         raise UserError(
             f"{adapter}: a LoRA cannot be read ({error}); restore it or train again"
         ) from error
+    measures = (
+        measure and info.placement != "everywhere" and (reward is not None or ships(own_reward))
+    )
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     check_space(output_dir, needed, "the export's files", "")
     console = Console()
     with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
         family = load_family(
-            base, pipeline=pipeline, precision=precision, resolution=info.resolution
+            base,
+            pipeline=pipeline,
+            precision=precision,
+            device=None if measures else "cpu",  # a mere conversion needs no GPU
+            resolution=info.resolution,
         )
     if kind == "merged":
         needed += family.all_parameters * BYTES[precision] + SMALL_FILES
@@ -244,12 +251,13 @@ def export_command(
         plain = write_plain_adapter(states, info, family, scratch)
         if info.placement == "everywhere":
             notes.append("It acts at every timestep: use it like any LoRA.")
-        elif measure and reward is None and not ships(own_reward):
+        elif measure and not measures:
             notes.append(
-                f"What a plain LoRA loses was not measured: the adapter's reward ({own_reward}) is "
-                "none of shortft's own, and code runs only where it is named (--reward)."
+                "What a plain LoRA loses was not measured: the adapter's reward "
+                f"({public(own_reward, info.local)}) is none of shortft's own, and code runs only "
+                "where it is named (--reward)."
             )
-        elif measure:
+        elif measures:
             listed = _measured_on(info, prompts_path, num_prompts)
             family.encode_ahead(listed)  # the text encoders are not needed any more
             try:
@@ -266,7 +274,8 @@ def export_command(
                     )
                 notes.append(f"{loss.text()}.")
             except NotFinite as error:
-                notes.append(f"What a plain LoRA loses could not be measured: {error}.")
+                told = without_folders(str(error))
+                notes.append(f"What a plain LoRA loses could not be measured: {told}.")
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         if kind == "merged":
