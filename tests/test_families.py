@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderKLFlux2, AutoencoderTiny, EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from shortft import load_adapter
@@ -114,6 +114,19 @@ def test_variants_of_a_family(tmp_path: Path, name: str, options: dict[str, bool
     nets = ModelNetworks(family, guidance=Guidance(scale))
     images = ours(family, nets=nets)
     torch.testing.assert_close(images, theirs(pipe, 16, scale), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_a_chain_of_eulers_ends_without_noise(tmp_path: Path, spacing: str):
+    """Whatever its configuration keeps of another scheduler's."""
+    pipe = tiny("sd")
+    left_over = {**pipe.scheduler.config, "set_alpha_to_one": False}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(left_over, timestep_spacing=spacing)
+    family = load_family(str(save(pipe, tmp_path)), device="cpu")
+    schedule = family.schedule(STEPS)
+    assert schedule.alpha[-1] == 1 > schedule.alpha[-2]
+    if spacing == "leading":  # on a line Euler's timesteps are fractions
+        torch.testing.assert_close(ours(family), theirs(pipe, 16), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20])

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import single_files
+from shortft.assets import asset
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families import load_family, open_pipeline
 from shortft.families.source import find_source
+from shortft.preflight.places import configurations
 from shortft.quiet import quiet
 from tiny import save_tiny
 from tiny_families import tiny
@@ -60,6 +62,14 @@ def test_stable_diffusion_1_and_2(tmp_path: Path, write: Callable[..., Path]):
 def test_sdxl(tmp_path: Path):
     pipe = tiny("sdxl", projection=24)  # OpenCLIP's layout takes width and projection for one
     assert_same(written(pipe, tmp_path, single_files.write_sdxl), pipe)
+
+
+@pytest.mark.parametrize(("name", "outline"), [("sd", "sd15"), ("sdxl", "sdxl")])
+def test_a_file_is_counted_by_the_outline_of_the_model_that_it_is_taken_for(
+    tmp_path: Path, name: str, outline: str
+):
+    file = getattr(single_files, f"write_{name}")(tiny(name), tmp_path / "model.safetensors")
+    assert configurations(str(file)) == asset("outlines", outline)
 
 
 @pytest.mark.parametrize("texts", [True, False])

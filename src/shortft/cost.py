@@ -72,6 +72,8 @@ class Cost:
                 yield call, through_input
         for _ in range(plan.renoise):
             yield self.call, plan.grad_mask[-1]
+            if self.anchored and plan.steps[-1].trains:
+                yield self.call, False
 
 
 class Kept:

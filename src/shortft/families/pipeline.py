@@ -255,6 +255,9 @@ class UNetFamily(PipelineFamily):
         # With channels last CPUs are slow at group norms in bf16: up to a sixth of an update.
         first = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self._layout = torch.contiguous_format if first else torch.channels_last
+        if not self._scheduler_config["_class_name"].startswith(("DDIM", "PNDM")):
+            # Euler's chain, as SDXL ships with, ends at sigma 0 whatever this left-over says.
+            self._scheduler_config["set_alpha_to_one"] = True
         pipeline.unet.to(memory_format=self._layout)
         pipeline.vae.to(memory_format=self._layout)
 

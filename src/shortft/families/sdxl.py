@@ -38,9 +38,6 @@ class StableDiffusionXL(UNetFamily):
     def _read(self, pipeline: Any, resolution: int | None) -> None:
         super()._read(pipeline, resolution)
         self._zeros_for_empty = bool(pipeline.config.force_zeros_for_empty_prompt)
-        if not self._scheduler_config["_class_name"].startswith(("DDIM", "PNDM")):
-            # Euler's chain, which SDXL ships with, ends at sigma 0 whatever this left-over says.
-            self._scheduler_config["set_alpha_to_one"] = True
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         def batch(prompts: list[str]) -> tuple[Tensor, ...]:

@@ -96,7 +96,11 @@ def configurations(model: str) -> Path | None:
     if model == EMBEDDED or Path(model).is_dir():
         return Path(model_path(model))
     if Path(model).is_file():
-        return Path(model).parent if (Path(model).parent / "model_index.json").is_file() else None
+        if (Path(model).parent / "model_index.json").is_file():
+            return Path(model).parent
+        from shortft.families.single_file import published_pipeline
+
+        model = published_pipeline(Path(model))
     cached = _cached(model, "model_index.json")
     if cached is not None and (cached.parent / "vae" / "config.json").is_file():
         return cached.parent
