@@ -202,6 +202,8 @@ def test_places_that_cannot_be_written(told: Told, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr("shortft.sampling.sample", large)
     assert "out of memory; a smaller --batch-size" in told("sample", "--prompt", "x")
+    monkeypatch.setattr("shortft.demo.demo", large)  # which has no such options
+    assert "out of memory; end what else runs here" in told("demo")
 
 
 # LoRAs
