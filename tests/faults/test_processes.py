@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from processes import together
 
+from shortft import kept
 from shortft.config import Config, load_config, to_yaml
 from shortft.errors import Stopped, UserError
 from shortft.optimizers import state_of
@@ -132,8 +134,12 @@ def test_only_the_first_process_writes_and_the_log_holds_the_mean_of_all(setting
 
 
 def train_until(rank: int, config: Config, fault: str) -> None:
-    """A fault comes to the second process in its fifth update."""
-    original, calls = Trainer.update, [0]
+    """A fault comes to the second process in its fifth update; the first one writes slowly."""
+    original, calls, keep = Trainer.update, [0], kept.keep
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.5)
+        keep(*args)
 
     def update(self: Trainer, **options: Any) -> Any:
         calls[0] += 1
@@ -143,10 +149,13 @@ def train_until(rank: int, config: Config, fault: str) -> None:
 
     if fault != "none":
         Trainer.update = update  # type: ignore[method-assign]
+        kept.keep = slowly
     try:
         train(config, auto_resume=True)
     except Stopped as stop:
-        sys.exit(128 + stop.signal)
+        # torchrun would end the first process as soon as the second one has left.
+        written = (config.output_dir / "checkpoints" / "update-000005").is_dir()
+        sys.exit(128 + stop.signal if written else 4)
     except UserError as error:
         sys.exit(2 if "process 0: lost touch with another process" in str(error) else 3)
 
