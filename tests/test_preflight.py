@@ -25,7 +25,7 @@ from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
 from shortft.precision import own_precision
 from shortft.preflight import dry_run, machine, places
-from shortft.preflight.estimate import estimate
+from shortft.preflight.estimate import estimate, run_seconds
 from shortft.preflight.outline import encoder_parameters, parameters
 from shortft.preflight.places import configurations, needed
 from shortft.quiet import quiet
@@ -213,12 +213,24 @@ def test_a_recipe_that_is_not_here_is_drawn_and_checked(
         assert "shortcut unguided, on this machine" in text
     else:
         last = f"stage {config.segments}: {config.num_steps} network calls, 1 with gradient"
-        for part in (last, "to be downloaded", "600 that ship"):
+        for part in (last, "to be downloaded", "600 that ship", f"for {config.updates} updates"):
             assert part in text
     [takes] = re.findall(r"about ([\d.]+) GB of", text)
     assert float(takes) == pytest.approx(MEMORY_GB[name], rel=0.04)  # as the recipes are listed
     assert "Nothing stands in the way" in text
     assert not (online / "runs").exists()
+
+
+def test_the_time_of_a_run_is_that_of_its_updates_and_grids():
+    own = {"method": "shortft", "updates": 40, "stage_shares": (0.4, 0.3, 0.2, 0.1)}
+    size = {"batch_size": 8, "accumulation": 2, "sample_every": 10, "sample_prompts": 3}
+    config = load_config(None, {**recipe("emoji"), **own, **size})
+    found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
+    each = [2 * found.cost.seconds(plan, recompute=config.recompute) for plan in found.stages]
+    training, grids = run_seconds(config, found)
+    assert training == pytest.approx(16 * each[0] + 12 * each[1] + 8 * each[2] + 4 * each[3])
+    # Before the first update and after every ten; six pictures in two calls of at most four.
+    assert grids == pytest.approx(5 * 2 * config.num_steps * found.cost.call.forward)
 
 
 def test_one_clear_line_where_something_stands_in_the_way(

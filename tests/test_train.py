@@ -19,10 +19,11 @@ from shortft.errors import UserError
 from shortft.kept import keep, restore, write_adapter
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
 from shortft.out_of_memory import advice, savings
+from shortft.plans import stage_bounds
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import sample_seed
 from shortft.train import FREE, train
-from shortft.trainer import MAX_SKIPPED, Trainer, stage_bounds
+from shortft.trainer import MAX_SKIPPED, Trainer
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -169,3 +169,14 @@ def inference_plan(schedule: Schedule, k: int, placement: Placement = "stacked")
 def base_plan(schedule: Schedule) -> Plan:
     """The frozen model's own chain."""
     return Plan(tuple(Step(i, i + 1, "base") for i in range(schedule.num_steps)))
+
+
+def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:
+    """Shares of the budget at which each stage ends; equal ones where none are given."""
+    if shares is None or stages == 1:
+        shares = (1 / stages,) * stages
+    total, bounds = 0.0, []
+    for share in shares:
+        total += share
+        bounds.append(round(total / sum(shares), 9))  # 0.1 + 0.2 is no more than 0.3
+    return bounds

@@ -26,7 +26,7 @@ from shortft.methods import METHODS, make_plan, placement_of
 from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
-from shortft.plans import Plan, inference_plan, parts_for
+from shortft.plans import Plan, inference_plan, parts_for, stage_bounds
 from shortft.precision import settled
 from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
@@ -391,17 +391,6 @@ class Trainer:
                 batch_size=self.micro_batch,
             )
         return prompts, images
-
-
-def stage_bounds(shares: Sequence[float] | None, stages: int) -> list[float]:
-    """Shares of the budget at which each stage ends; equal ones where none are given."""
-    if shares is None or stages == 1:
-        shares = (1 / stages,) * stages
-    total, bounds = 0.0, []
-    for share in shares:
-        total += share
-        bounds.append(round(total / sum(shares), 9))  # 0.1 + 0.2 is no more than 0.3
-    return bounds
 
 
 def scorer_of(config: Config, spec: str, device: str) -> WeightedSum:

@@ -10,7 +10,7 @@ from rich.table import Table
 from shortft.checkpoint import any_in
 from shortft.config import Config
 from shortft.drawing.plan_text import plan_text
-from shortft.drawing.progress import memory_text
+from shortft.drawing.progress import clock_text, memory_text
 from shortft.errors import UserError
 from shortft.inputs import read_prompts
 from shortft.launcher import check_split, processes
@@ -18,7 +18,7 @@ from shortft.methods import METHODS
 from shortft.out_of_memory import savings
 from shortft.precision import emulated, settled
 from shortft.preflight import machine
-from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed
+from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed, run_seconds
 from shortft.preflight.files import problems
 from shortft.preflight.places import configurations, needed
 from shortft.redact import without_login
@@ -213,6 +213,11 @@ def draw(console: Console, config: Config, found: Estimate) -> None:
         held = found.cost.activation_bytes(plan, recompute=config.recompute)
         seconds = found.cost.seconds(plan, recompute=config.recompute) * config.accumulation
         note = f"roughly {seconds:.2g} s per update, {memory_text(held)} of activations\n"
+        console.print(note, style="dim", highlight=False)
+    if config.updates is not None:
+        training, grids = run_seconds(config, found)
+        note = f"roughly {clock_text(training)} for {config.updates} updates, "
+        note += f"{clock_text(grids)} for the pictures of its grids\n"
         console.print(note, style="dim", highlight=False)
     table = Table("memory", "about", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name, size in found.parts.items():

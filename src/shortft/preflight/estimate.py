@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
 from shortft.methods import METHODS, make_plan, placement_of
-from shortft.plans import Plan, inference_plan, parts_for
+from shortft.plans import Plan, inference_plan, parts_for, stage_bounds
 from shortft.precision import settled
 from shortft.preflight.outline import (
     as_if_real,
@@ -161,6 +162,23 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     encoding = weights + parts["latent decoder"] + encoders
     disk = disk_bytes(config, numbers)
     return Estimate(parts, encoding, disk, cost, stages, schedule, speed)
+
+
+def run_seconds(config: Config, found: Estimate) -> tuple[float, float]:
+    """Seconds of all updates of a budget in updates, and of drawing the sample grids."""
+    assert config.updates is not None
+    cost, updates = found.cost, config.updates
+    bounds = [0.0, *stage_bounds(config.stage_shares, len(found.stages))]
+    training = sum(
+        (stop - start) * updates * cost.seconds(plan, recompute=config.recompute)
+        for start, stop, plan in zip(bounds, bounds[1:], found.stages, strict=False)
+    )
+    at_once = max(1, config.batch_size // (config.accumulation * processes()))
+    pictures = math.ceil(config.sample_prompts * config.sample_noises / at_once)
+    watched = bool(config.sample_every or config.sample_times)
+    grids = updates // config.sample_every if config.sample_every else config.sample_times
+    looks = (grids + 1) * watched  # one before the first update
+    return training * config.accumulation, looks * pictures * cost.steps * cost.call.forward
 
 
 def resident_rewards(config: Config, weights: int, scoring: int, peak: int) -> int:
