@@ -238,7 +238,7 @@ class Slow:
     parameters: ClassVar = {"a": nn.Parameter(torch.zeros(1))}
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.updates, self.walks, self.measured = 0.0, 0, 0, 0
+        self.now, self.updates, self.walks, self.measured, self.first = 0.0, 0, 0, 0, 0.0
         monkeypatch.setattr("shortft.distill_command.time.monotonic", lambda: self.now)
 
     def true_pieces(self, bank: Bank, count: int) -> torch.Tensor:
@@ -253,6 +253,7 @@ class Slow:
 
     def update(self, *_: object) -> float:
         self.updates += 1
+        self.first = self.first or self.now
         self.now += 1
         return 1.0
 
@@ -278,7 +279,8 @@ def test_walking_and_measuring_leave_time_to_train(monkeypatch: pytest.MonkeyPat
     )
     assert made == 8 * slow.walks < 2000
     assert 3600 * 0.4 - 40 <= slow.updates < 3600 * 0.5  # of an hour, the rest of it walked
-    assert 3 <= slow.measured <= 5  # a tenth as much again
+    assert slow.first == pytest.approx(3600 / 5, abs=40)
+    assert slow.measured == 3  # after 3, 34 and 51 minutes: a tenth as much again
     assert slow.now == pytest.approx(3600 + 100 * slow.measured, abs=40)
 
 

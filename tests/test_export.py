@@ -105,8 +105,11 @@ def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
     export(tmp_path, "kohya", tmp_path / "out", *prompts, "--reward", f"{code}:f")
     assert ran.exists()
     assert "as one plain LoRA" in capsys.readouterr().out
+    code = tmp_path / "my rewards" / "score.py"
+    code.parent.mkdir()
     code.write_text("def f(images, prompts): return images.mean((1, 2, 3)) / 0 * 0\n")
-    export(tmp_path, "kohya", tmp_path / "nan", *prompts, "--reward", f"{code}:f")
+    mix = f"symmetry:1,{code}:f:2"
+    export(tmp_path, "kohya", tmp_path / "nan", *prompts, "--reward", mix)
     assert "could not be measured: reward " in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "nan" / "README.md").read_text()
 

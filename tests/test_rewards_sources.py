@@ -342,6 +342,12 @@ def test_an_own_reward_finds_its_neighbours_and_gets_what_it_asks_for(own, monke
     dark = make_reward(f"{own}:Dark", dtype=torch.bfloat16).parts[0][0]
     assert dark._scorer.made == torch.bfloat16
     assert Path(sys.path[-1]) == own.parent  # behind everything that is installed
+    another = own.parent / "another" / "mine.py"
+    another.parent.mkdir()
+    another.write_text("from a_neighbour import FACTOR\ndef f(images, prompts): return 0\n")
+    (another.parent / "a_neighbour.py").write_text("FACTOR = 3.0\n")
+    with pytest.raises(UserError, match=r"imports a_neighbour, which is .*rename that file"):
+        make_reward(f"{another}:f")
 
 
 @pytest.mark.parametrize(

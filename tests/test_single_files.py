@@ -26,6 +26,7 @@ from shortft.quiet import quiet
 from tiny import save_tiny
 from tiny_families import tiny
 
+SDXL_ALONE = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 WIDE = os.environ.get("SHORTFT_WIDE") == "1"  # FLUX's layout fixes its width: 2 GB of weights
 
 
@@ -64,12 +65,14 @@ def test_sdxl(tmp_path: Path):
     assert_same(written(pipe, tmp_path, single_files.write_sdxl), pipe)
 
 
-@pytest.mark.parametrize(("name", "outline"), [("sd", "sd15"), ("sdxl", "sdxl")])
-def test_a_file_is_counted_by_the_outline_of_the_model_that_it_is_taken_for(
-    tmp_path: Path, name: str, outline: str
-):
-    file = getattr(single_files, f"write_{name}")(tiny(name), tmp_path / "model.safetensors")
-    assert configurations(str(file)) == asset("outlines", outline)
+def test_a_file_is_counted_by_the_outline_of_the_model_that_it_is_taken_for(tmp_path: Path):
+    file = single_files.write_sd(tiny("sd"), tmp_path / "sd.safetensors")
+    assert configurations(str(file)) == asset("outlines", "sd15")
+    large = ("model.diffusion_model.out.2.bias", SDXL_ALONE)  # what diffusers tells SDXL by
+    file = single_files.write(tmp_path / "sdxl.safetensors", dict.fromkeys(large, torch.ones(1)))
+    assert configurations(str(file)) == asset("outlines", "sdxl")
+    lora = single_files.write(tmp_path / "lora.safetensors", {"a.lora_A.weight": torch.ones(1)})
+    assert configurations(str(lora)) is None
 
 
 @pytest.mark.parametrize("texts", [True, False])

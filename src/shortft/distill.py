@@ -34,6 +34,8 @@ FOLDED_FROM = 8  # samples
 class Bank:
     """Pieces of the base's guided trajectories: from `begin` it walks to `end` at point `stop`.
 
+    They lie in main memory.
+
     Attributes:
         start, stop: (M,) schedule points.
         begin, end: (M, C, h, w) latents.
@@ -54,8 +56,9 @@ class Bank:
         self.start = torch.cat([self.start, torch.full((count,), start)])
         self.stop = torch.cat([self.stop, torch.full((count,), stop)])
         self.prompt = torch.cat([self.prompt, prompt])
-        self.begin = torch.cat([self.begin, begin.float()]) if len(self.begin) else begin.float()
-        self.end = torch.cat([self.end, end.float()]) if len(self.end) else end.float()
+        begin, end = begin.float().cpu(), end.float().cpu()
+        self.begin = torch.cat([self.begin, begin]) if len(self.begin) else begin
+        self.end = torch.cat([self.end, end]) if len(self.end) else end
 
 
 class Folded(nn.Module):
@@ -137,7 +140,7 @@ class Distiller:
         """Add `count` true trajectories to the bank, cut at the segments' jumps.
 
         Returns:
-            (count, C, h, w) the chain's ends.
+            (count, C, h, w) the chain's ends, in main memory.
         """
         rows, cond, noise = self._draw(count)
         states: dict[int, Tensor] = {}
@@ -148,7 +151,7 @@ class Distiller:
         for part in self.parts:
             if len(part) > 1:
                 bank.add(part[0], part[-1], states[part[0]], states[part[-1]], rows)
-        return states[self.schedule.num_steps]
+        return states[self.schedule.num_steps].cpu()
 
     @torch.no_grad()
     def visited_pieces(self, bank: Bank, count: int) -> None:
@@ -176,7 +179,7 @@ class Distiller:
         """Pseudo-Huber distance of the student's jumps from the base's, in units of the jump."""
         rows = self._rows(len(bank), batch_size)
         start, stop = bank.start[rows], bank.stop[rows]
-        begin, end = bank.begin[rows], bank.end[rows]
+        begin, end = (x[rows].to(self.family.device) for x in (bank.begin, bank.end))
         landed = self._student_jump(
             self.student, begin, self._prompts(bank.prompt[rows]), start, stop
         )
@@ -188,7 +191,7 @@ class Distiller:
         A sample is noised to a point n of a segment, the base takes one guided step, and the
         student's jumps from both to a common later point of the segment must agree.
         """
-        device = images.device
+        device = self.family.device
         rows = self._rows(len(images), batch_size)
         points = [(i, p[-1]) for p in self.parts for i in p[:-1]]
         picked = self._rows(len(points), batch_size).tolist()
@@ -198,7 +201,7 @@ class Distiller:
         # A target point in [n + 1, floor], drawn per sample.
         target = here + 1 + (share.to(device) * (floor - here)).long()
         cond = self._prompts(prompts[rows])
-        x0 = images[rows]
+        x0 = images[rows].to(device)
         noise = torch.randn(x0.shape, generator=self._generator()).to(device)
         alpha, sigma = self._coefficients(here, x0)
         x = alpha * x0 + sigma * noise

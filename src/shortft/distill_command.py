@@ -22,7 +22,7 @@ from shortft.shortcut_check import Fidelity, Jumper, measure
 
 Kind = Literal["regression", "consistency"]
 AT_FIRST, LATER = 0.2, 0.4  # shares of the budget that walking trajectories may take
-MEASURING = 0.1  # seconds of measuring on the way for each second of training, at most
+MEASURING = 0.1  # seconds of measuring on the way for each second of training, but for the first
 EVERY = 150  # seconds between saves
 
 
@@ -59,7 +59,7 @@ def distill(
     images: list[Tensor] = []
     prompts: list[Tensor] = []
     made = 0
-    walking = measuring = 0.0  # seconds
+    walking = measuring = took = 0.0  # seconds
     last_report = last_save = began
 
     def more(count: int) -> None:
@@ -78,7 +78,8 @@ def distill(
     smooth: float | None = None
     while (elapsed := time.monotonic() - began) < budget:
         done = elapsed / budget
-        affordable = not made or walking < budget * (AT_FIRST + LATER * done)
+        share = AT_FIRST + LATER * done * bool(distiller.updates)
+        affordable = not made or walking < budget * share
         if made < trajectories * min(1.0, 0.25 + done) and affordable:
             set_out = time.monotonic()
             more(sample_batch)
@@ -105,7 +106,7 @@ def distill(
         if now - last_save > EVERY:
             save()
             last_save = time.monotonic()
-            if measuring <= MEASURING * elapsed:
+            if not measuring or measuring + took <= MEASURING * elapsed:
                 f = fidelity()
                 errors = " ".join(f"{e:.3f}" for e in f.jump_error)
                 report(f"held-out: error {errors}  chain {f.chain_psnr:.1f} dB")
@@ -239,7 +240,7 @@ def distill_command(
             held_out_cond,
             noise,
             guidance,
-            batch_size=batch_size,
+            batch_size=batch_size // accumulation,
         )
 
     made = distill(

@@ -30,7 +30,7 @@ from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
 from shortft.inputs import read_prompts
-from shortft.model_card import card, header, public, run_figures, shareable, without_folders
+from shortft.model_card import card, header, public, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
@@ -274,7 +274,9 @@ def export_command(
                     )
                 notes.append(f"{loss.text()}.")
             except NotFinite as error:
-                told = without_folders(str(error))
+                told = str(error)
+                for part in scorers(reward or own_reward):
+                    told = told.replace(part, public(part))
                 notes.append(f"What a plain LoRA loses could not be measured: {told}.")
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)

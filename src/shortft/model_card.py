@@ -47,15 +47,10 @@ def public(name: str, local_names: Sequence[str] = ()) -> str:
         local_names: what lay on the machine of the training, which may not be there any more.
     """
     local = name in local_names
-    name = without_folders(name)
+    name = re.sub(r"[^,+]*/(?=[^/,]*\.py\s*:)", "", name)
     path = Path(name).expanduser()
     local |= path.is_absolute() or name.startswith((".", "~", "\\")) or path.exists()
     return path.name if local else name
-
-
-def without_folders(text: str) -> str:
-    """A text whose mentions of ``path/to/mine.py:warm`` have lost their folders."""
-    return re.sub(r"[^,\s]*/(?=[^/,]*\.py\s*:)", "", text)
 
 
 def shareable(info: AdapterInfo) -> AdapterInfo:

@@ -133,13 +133,15 @@ def run(trainer: Trainer, log: MetricsLog, notes: list[str], *, resume: bool) ->
             raise
         except (Stopped, UserError, OSError) as reason:
             interrupts.hold()
-            if main:
-                kept.keep(trainer, log.position())
-                progress.log(f"stopped after update {counters.update}; go on by --resume")
-            note_cause(root, reason)
-            if isinstance(reason, Stopped | AllAtOnce):
-                # torchrun ends all processes as soon as one has left: not before all is written.
-                trainer.accelerator.wait_for_everyone()
+            try:
+                if main:
+                    kept.keep(trainer, log.position())
+                    progress.log(f"stopped after update {counters.update}; go on by --resume")
+                note_cause(root, reason)
+            finally:
+                if isinstance(reason, Stopped | AllAtOnce):
+                    # torchrun ends all processes as soon as one has left: not before this.
+                    trainer.accelerator.wait_for_everyone()
             trainer.accelerator.end_training()
             raise
         except RuntimeError as error:

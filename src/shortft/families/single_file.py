@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from shortft.errors import UserError
 from shortft.families.source import Source
 
+# How a denoiser's keys begin: in whole files; FLUX's and SD3's own; under diffusers' names.
+DENOISERS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.", "transformer_blocks.")
 # Parts that no family uses; a pipeline takes None for them.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -99,6 +101,17 @@ def published_pipeline(file: Path) -> str:
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     return str(fetch_diffusers_config(shapes(file))["pretrained_model_name_or_path"])
+
+
+def recognised(file: Path) -> str | None:
+    """`published_pipeline` of a file that holds a denoiser; diffusers takes others for SD 1.5's."""
+    try:
+        names = shapes(file)
+        if any(name.startswith(DENOISERS) for name in names):
+            return published_pipeline(file)
+    except (UserError, ValueError, KeyError):  # loading will say what is wrong with it
+        pass
+    return None
 
 
 def _load_part(part: str, named: list[str], source: Source, dtype: torch.dtype) -> Any:

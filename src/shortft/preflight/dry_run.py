@@ -57,8 +57,8 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
     found: Estimate | None = None
     if folder is None:
         text = (
-            "not estimated: the model's size is known once it is here; with its base's id for "
-            "--model it is"
+            "not estimated: nothing here tells the model's size; with its base's id for --model "
+            "it is"
         )
         checks.append(Check("memory", text))
     else:
@@ -216,7 +216,8 @@ def draw(console: Console, config: Config, found: Estimate) -> None:
         console.print(note, style="dim", highlight=False)
     if config.updates is not None:
         training, grids = run_seconds(config, found)
-        note = f"roughly {clock_text(training)} for {config.updates} updates, "
+        limit = "" if config.minutes is None else f" or {config.minutes:g} minutes"
+        note = f"roughly {clock_text(training)} for {config.updates} updates{limit}, "
         note += f"{clock_text(grids)} for the pictures of its grids\n"
         console.print(note, style="dim", highlight=False)
     table = Table("memory", "about", box=None, padding=(0, 2, 0, 0), header_style="bold")

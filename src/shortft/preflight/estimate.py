@@ -165,7 +165,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
 
 
 def run_seconds(config: Config, found: Estimate) -> tuple[float, float]:
-    """Seconds of all updates of a budget in updates, and of drawing the sample grids."""
+    """Seconds of training for a budget that has updates, and of drawing the sample grids."""
     assert config.updates is not None
     cost, updates = found.cost, config.updates
     bounds = [0.0, *stage_bounds(config.stage_shares, len(found.stages))]
@@ -173,12 +173,17 @@ def run_seconds(config: Config, found: Estimate) -> tuple[float, float]:
         (stop - start) * updates * cost.seconds(plan, recompute=config.recompute)
         for start, stop, plan in zip(bounds, bounds[1:], found.stages, strict=False)
     )
+    training *= config.accumulation
+    if config.minutes is not None and training > 60 * config.minutes:
+        updates = int(updates * 60 * config.minutes / training)
+        training = 60 * config.minutes
     at_once = max(1, config.batch_size // (config.accumulation * processes()))
-    pictures = math.ceil(config.sample_prompts * config.sample_noises / at_once)
-    watched = bool(config.sample_every or config.sample_times)
-    grids = updates // config.sample_every if config.sample_every else config.sample_times
-    looks = (grids + 1) * watched  # one before the first update
-    return training * config.accumulation, looks * pictures * cost.steps * cost.call.forward
+    calls = math.ceil(config.sample_prompts * config.sample_noises / at_once) * cost.steps
+    every, times = config.sample_every, config.sample_times
+    due = {0, updates} if every or times else set()
+    due |= set(range(0, updates, every)) if every else set()
+    due |= {math.ceil(updates * part / times) for part in range(1, times)}
+    return training, len(due) * calls * cost.call.forward
 
 
 def resident_rewards(config: Config, weights: int, scoring: int, peak: int) -> int:

@@ -98,9 +98,12 @@ def configurations(model: str) -> Path | None:
     if Path(model).is_file():
         if (Path(model).parent / "model_index.json").is_file():
             return Path(model).parent
-        from shortft.families.single_file import published_pipeline
+        from shortft.families.single_file import recognised
 
-        model = published_pipeline(Path(model))
+        published = recognised(Path(model))
+        if published is None:
+            return None
+        model = published
     cached = _cached(model, "model_index.json")
     if cached is not None and (cached.parent / "vae" / "config.json").is_file():
         return cached.parent

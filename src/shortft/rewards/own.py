@@ -155,11 +155,31 @@ def _bound_names(node: ast.stmt) -> set[str]:
     return names
 
 
+def _imports(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
 def _from_file(name: str) -> Any:
     path, attribute = split_spec(name)
     beside = str(path.absolute().parent)
     if beside not in sys.path:  # last, so that a neighbour hides no installed package
         sys.path.append(beside)
+    for imported in _imports(path):
+        neighbours = (path.parent / f"{imported}.py", path.parent / imported / "__init__.py")
+        found = importlib.util.find_spec(imported) if any(map(is_file, neighbours)) else None
+        origin = Path(str(found.origin)).resolve() if found else None
+        if found and origin not in [neighbour.resolve() for neighbour in neighbours]:
+            raise UserError(
+                f"--reward {name}: {path.name} imports {imported}, which is {found.origin} here, "
+                "not the file beside it; rename that file"
+            )
     module_name = f"shortft_own_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     assert module_spec is not None  # its name ends in .py
