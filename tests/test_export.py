@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +74,13 @@ def export(place: Path, kind: str, out: Path, *options: str) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The adapter in a format, not measured, written once: only to be read."""
+    root = tmp_path_factory.mktemp("exported")
+    return functools.cache(lambda kind: export(place, kind, root / kind, "--no-measure"))
+
+
 def predictions(pipe: StableDiffusionPipeline) -> torch.Tensor:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
@@ -114,18 +123,15 @@ def test_code_that_an_adapter_names_runs_only_where_the_user_names_it(
     assert str(tmp_path) not in (tmp_path / "nan" / "README.md").read_text()
 
 
-def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(
-    place: Path, tmp_path: Path
-):
-    merged = load_family(str(export(place, "merged", tmp_path / "merged", "--no-measure")))
+def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(exported):
+    merged = load_family(str(exported("merged")))
     assert merged.default_guidance_scale == 2.0
     assert merged.resolution == tiny_family().resolution
 
 
 @pytest.mark.parametrize("file", ["run-1", "run-4", "run-plain"])
-def test_kohya_files_draw_as_the_diffusers_ones(place: Path, tmp_path: Path, file: str):
-    kohya = export(place, "kohya", tmp_path / "kohya", "--no-measure")
-    diffusers = export(place, "diffusers", tmp_path / "diffusers", "--no-measure")
+def test_kohya_files_draw_as_the_diffusers_ones(exported, file: str):
+    kohya, diffusers = exported("kohya"), exported("diffusers")
     own = "plain.safetensors" if file == "run-plain" else lora_file(int(file[-1]))
     found = []
     for folder, name in ((kohya, f"{file}.safetensors"), (diffusers, own)):
@@ -161,9 +167,8 @@ def test_plain_lora_is_the_stacked_ones_by_their_share_of_the_steps(place: Path)
         assert len(plain[key]) == 8
 
 
-def test_merged_model_draws_as_the_plain_lora(place: Path, tmp_path: Path):
-    merged = export(place, "merged", tmp_path / "merged", "--no-measure")
-    diffusers = export(place, "diffusers", tmp_path / "diffusers", "--no-measure")
+def test_merged_model_draws_as_the_plain_lora(exported):
+    merged, diffusers = exported("merged"), exported("diffusers")
     pipe = tiny_pipeline()
     pipe.load_lora_weights(diffusers, weight_name="plain.safetensors")
     whole = StableDiffusionPipeline.from_pretrained(merged)
@@ -220,8 +225,8 @@ def test_merging_holds_one_copy_of_the_model(place: Path, tmp_path: Path, monkey
         assert denoisers
 
 
-def test_exported_diffusers_folder_is_an_adapter_still(place: Path, tmp_path: Path):
-    out = export(place, "diffusers", tmp_path / "diffusers", "--no-measure")
+def test_exported_diffusers_folder_is_an_adapter_still(place: Path, exported, tmp_path: Path):
+    out = exported("diffusers")
     for name in ("sample", "again"):
         adapter = place / "run" / "adapter" if name == "sample" else out
         options = ["--adapter", str(adapter), "--model", str(place / "model")]
