@@ -48,6 +48,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in BUILDERS}
 
 
+@pytest.fixture(scope="module")
+def loras(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few-step LoRA of each."""
+    root = tmp_path_factory.mktemp("loras")
+    return {
+        name: make_shortcut(load_family(str(path), device="cpu"), root / name)
+        for name, path in models.items()
+    }
+
+
 def save(pipeline: Any, directory: Path) -> Path:
     with quiet():
         pipeline.save_pretrained(directory)
@@ -552,10 +562,9 @@ def test_half_precision_routes_every_step(models, tmp_path: Path, name: str, ste
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_loras_of_another_family_are_refused(models: dict[str, Path], tmp_path: Path, name: str):
+def test_loras_of_another_family_are_refused(models, loras, tmp_path: Path, name: str):
     family = load_family(str(models[name]), device="cpu")
-    for other in BUILDERS:
-        path = make_shortcut(load_family(str(models[other]), device="cpu"), tmp_path / other)
+    for other, path in loras.items():
         if other != name:
             with pytest.raises(UserError, match="cannot be loaded as a LoRA of"):
                 family.load_lora(view(family.denoiser), path, SHORTCUT)
