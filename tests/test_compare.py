@@ -34,7 +34,6 @@ from shortft.config import Config, load_config
 from shortft.errors import NotFinite, Stopped, UserError
 from shortft.interrupts import Interrupts
 from shortft.preflight import machine
-from tiny import save_tiny
 
 PROMPTS = [f"thing {i}" for i in range(30)]
 SPEC = Comparison(
@@ -48,13 +47,13 @@ SPEC = Comparison(
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Config:
+def base(model: Path, tmp_path: Path) -> Config:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "held_out.txt").write_text("\n".join(f"unseen {i}" for i in range(12)))
     return load_config(
         None,
         {
-            "model": str(save_tiny(tmp_path / "model")),
+            "model": str(model),
             "shortcut": "none",
             "prompts": str(tmp_path / "prompts.txt"),
             "sample_from": str(tmp_path / "held_out.txt"),
