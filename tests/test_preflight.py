@@ -19,7 +19,6 @@ from shortft.cli import main
 from shortft.config import Config, load_config
 from shortft.cost import Call, Cost
 from shortft.doctor import _safely, hub
-from shortft.families import load_family
 from shortft.lora_layers import MergedLinear
 from shortft.methods.shortft import shortft_plan
 from shortft.plan_view import measure_cost
@@ -57,11 +56,11 @@ def test_counting_agrees_with_the_real_model(method: str, options: dict[str, str
     own = {"method": method, "method_options": options, "tensorboard": False, "sample_prompts": 1}
     precision = own_precision()  # an imitated bf16 takes minutes
     config = load_config(None, {**recipe("emoji"), **own, "precision": precision})
-    family = load_family("emoji", precision=precision)
     found = estimate(config, asset("emoji"), gpu=False, speed=1e9)
+    trainer = Trainer(config)
+    family = trainer.family
     encoders = parameters(family._text.text_encoder)  # type: ignore[attr-defined]
     assert encoder_parameters(asset("emoji")) == encoders
-    trainer = Trainer(config)
     trained = [p for n in range(1, loras + 1) for p in trainer.nets.parameters_of(n).values()]
     size = 16 * sum(p.numel() for p in trained)
     assert found.parts["LoRAs, gradients, optimizer"] == size
