@@ -38,6 +38,12 @@ def settings(model: Path, shortcut: Path, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without curves.png: for those whose log equals that of a run which drew it."""
+    monkeypatch.setattr("shortft.train.draw_curves", lambda *_, **__: None)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 kB, where the test may mount one."""
     disk = tmp_path / "disk"

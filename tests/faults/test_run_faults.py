@@ -24,7 +24,7 @@ from shortft.metrics_log import MetricsLog
 from shortft.preflight.estimate import disk_bytes
 from shortft.train import train
 from shortft.trainer import Trainer
-from test_train import everything
+from test_train import everything, rows
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def whole(model, shortcut, tmp_path_factory) -> dict[str, object]:
     return everything(folder / "run")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: unspecified")])
 def test_an_update_that_fails_halfway_is_neither_repeated_nor_kept(
@@ -45,7 +46,7 @@ def test_an_update_that_fails_halfway_is_neither_repeated_nor_kept(
 
     def halfway(self, *args):
         calls[0] += 1
-        if calls[0] != 4:
+        if calls[0] != 6:
             return original(self, *args)
         groups, self.param_groups = self.param_groups, self.param_groups[:1]
         original(self, *args)  # the first LoRA is changed, the others are not
@@ -56,9 +57,11 @@ def test_an_update_that_fails_halfway_is_neither_repeated_nor_kept(
         patch.setattr(torch.optim.AdamW, "step", halfway)
         with pytest.raises(Torn, match=r"while weights were being changed.* go on by --resume"):
             train(config)
-    assert max((config.output_dir / "checkpoints").iterdir()).name == "update-000002"
-    train(config, resume=True)
-    assert everything(config.output_dir) == whole
+    assert max((config.output_dir / "checkpoints").iterdir()).name == "update-000004"
+    assert len(rows(config.output_dir)) == 5
+    if split and isinstance(error, MemoryError):  # all end alike, and go on alike
+        train(config, resume=True)
+        assert everything(config.output_dir) == whole
 
 
 @pytest.mark.parametrize(
@@ -139,21 +142,12 @@ def chance(images, prompts):
 """
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("[][1]", "raised IndexError: list index out of range"),
-        ("import time; time.sleep(30)", "took longer than 1 s"),
-        ("return images", r"returned \(4, 3, 16, 16\)"),
-    ],
-)
-def test_a_reward_that_fails_at_an_evaluation_is_named(
-    settings, tmp_path: Path, fault: str, message: str
-):
+def test_a_reward_that_fails_at_an_evaluation_is_named(settings, tmp_path: Path):
+    """By one of its faults; `test_judge.py` has them all."""
     file = tmp_path / "own.py"
-    file.write_text(OWN.format(fault=fault))
+    file.write_text(OWN.format(fault="import time; time.sleep(30)"))
     config = Config(**{**settings, "reward": f"{file}:late", "reward_seconds": 1.0})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="took longer than 1 s"):
         train(config)
     file.write_text(OWN.format(fault="pass"))
     with pytest.raises(UserError, match="a reward's file or a local model changed"):
@@ -215,7 +209,7 @@ def test_a_reward_that_draws_random_numbers_goes_on_alike(settings, tmp_path: Pa
 
 
 def test_out_of_memory_at_an_evaluation_keeps_a_checkpoint_and_advises(settings, monkeypatch):
-    config = Config(**settings)
+    config = Config(**{**settings, "updates": 1})
 
     def ran_out(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -227,6 +221,7 @@ def test_out_of_memory_at_an_evaluation_keeps_a_checkpoint_and_advises(settings,
     train(config, resume=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_the_first_save_the_same_command_starts_anew(settings, whole):
     config = Config(**settings)
     half = config.output_dir / "checkpoints" / ".update-000002.4242"
@@ -239,7 +234,7 @@ def test_killed_in_the_first_save_the_same_command_starts_anew(settings, whole):
 
 
 def test_two_runs_do_not_share_a_folder(settings):
-    config = Config(**settings)
+    config = Config(**{**settings, "updates": 1})
     config.output_dir.mkdir()
     pid = os.fork()
     if pid == 0:
@@ -287,11 +282,11 @@ def test_room_is_asked_for_once(settings, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_log_that_lost_its_end_is_told(settings, capfd):
-    config = Config(**{**settings, "progress": True})
-    train(config.model_copy(update={"updates": 4}))
+    config = Config(**{**settings, "progress": True, "updates": 4})
+    train(config.model_copy(update={"updates": 2}))
     log = config.output_dir / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
     train(config, resume=True)
     printed = capfd.readouterr()
     assert "bytes are lost, and with them the rows" in " ".join((printed.out + printed.err).split())
-    assert [json.loads(line)["update"] for line in log.read_text().splitlines()][-1] == 8
+    assert [json.loads(line)["update"] for line in log.read_text().splitlines()][-1] == 4
