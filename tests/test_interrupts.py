@@ -90,11 +90,12 @@ PLACES = {
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("place", "number"),
     [
         *((place, signal.SIGTERM) for place in PLACES),
-        *((p, signal.SIGINT) for p in ("chain", "reward", "backward", "look", "saving")),
+        ("saving", signal.SIGINT),  # one handler for both
     ],
 )
 def test_stopped_anywhere_the_run_ends_as_the_uninterrupted_one(
