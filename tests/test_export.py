@@ -129,6 +129,16 @@ def test_a_merged_model_keeps_the_guidance_and_the_size_that_it_was_made_for(exp
     assert merged.resolution == tiny_family().resolution
 
 
+def test_a_mere_conversion_asks_for_no_gpu(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def asked() -> str:
+        raise AssertionError("which device there is")
+
+    monkeypatch.setattr("shortft.families.default_device", asked)
+    export(place, "kohya", tmp_path / "out", "--no-measure")
+
+
 @pytest.mark.parametrize("file", ["run-1", "run-4", "run-plain"])
 def test_kohya_files_draw_as_the_diffusers_ones(exported, file: str):
     kohya, diffusers = exported("kohya"), exported("diffusers")
