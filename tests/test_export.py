@@ -317,7 +317,8 @@ def test_comfyui_workflow(name: str):
     torch.testing.assert_close(torch.tensor(steps), own.float(), atol=1e-3, rtol=0)
     files = [f"x-{n}.safetensors" for n in range(1, k + 1)]
     family = name.partition(",")[0]
-    graph = workflow(family, schedule, stacked, files, 3.5, 512)
+    size = 512 if name == "flux2, small" else 1024
+    graph = workflow(family, schedule, stacked, files, 3.5, size)
     comfyui_nodes.check(graph)
     shift = math.exp(2.02) if family == "flux2" else schedule.shift  # of the model in ComfyUI
     hooks = [n["inputs"] for n in graph.values() if n["class_type"] == "SetHookKeyframes"]
@@ -332,7 +333,7 @@ def test_comfyui_workflow(name: str):
     kinds = [node["class_type"] for node in graph.values()]
     assert kinds.count("CreateHookLoraModelOnly") == kinds.count("SetHookKeyframes") == k
     sides = [n["inputs"] for n in graph.values() if n["class_type"] == "ConditioningSetProperties"]
-    assert all(side["hooks"] for side in sides)
+    assert [sorted(loras_behind(graph, side["hooks"])) for side in sides] == [files, files]
     (sampler,) = [n["inputs"] for n in graph.values() if "cfg" in n["inputs"]]
     assert sampler["cfg"] == (1.0 if family == "flux" else 3.5)
     inputs = {key: value for node in graph.values() for key, value in node["inputs"].items()}
@@ -342,8 +343,32 @@ def test_comfyui_workflow(name: str):
     assert inputs.get("scheduler") == schedulers.get(family)
     if family == "sd3":
         assert inputs["shift"] == pytest.approx(schedule.shift, abs=0.01)
+    if family == "flux":
+        shifts = graph[sampler["model"][0]]["inputs"]
+        assert comfy_flux_shift(**shifts) == pytest.approx(schedule.shift)
+        guidance = [n["inputs"]["guidance"] for n in graph.values() if "guidance" in n["inputs"]]
+        assert guidance == [3.5]
+        encoded = graph[sampler["positive"][0]]["inputs"]["cond_NEW"]
+        assert graph[encoded[0]]["class_type"] == "FluxGuidance"
     for side, prompted in (("positive", True), ("negative", False)):
         assert ("PROMPT" in texts_behind(graph, sampler[side])) == prompted
+
+
+def comfy_flux_shift(
+    model: Link, max_shift: float, base_shift: float, width: int, height: int
+) -> float:
+    """ModelSamplingFlux: mu on a line through 256 and 4,096 tokens of 16 × 16 pixels."""
+    slope = (max_shift - base_shift) / (4096 - 256)
+    return math.exp(base_shift + slope * (width * height / 16**2 - 256))
+
+
+def loras_behind(graph: Graph, link: Link) -> list[str]:
+    """The files of all hooks that a link joins."""
+    inputs = graph[link[0]]["inputs"]
+    if "lora_name" in inputs:
+        return [inputs["lora_name"]]
+    joined = [inputs[key] for key in ("hooks", "hooks_A", "hooks_B") if key in inputs]
+    return [file for one in joined for file in loras_behind(graph, one)]
 
 
 def texts_behind(graph: Graph, link: Link) -> str:
