@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from shortft.checkpoint import load_latest
 from shortft.config import Config
 from shortft.ema import Average
 from shortft.errors import Stopped
-from shortft.kept import write_adapter
+from shortft.kept import restore, write_adapter
 from shortft.train import train
 from shortft.trainer import Trainer
 from test_train import weights, weights_of
@@ -87,6 +88,13 @@ def test_stopped_while_the_average_is_in_use_the_run_ends_as_the_uninterrupted_o
 def test_an_average_may_be_asked_for_later(settings):
     config = Config(**{**settings, "updates": 2})
     train(config)
-    later = config.model_copy(update={"ema": 0.5, "updates": 4})
+    later = config.model_copy(update={"ema": 0.5, "updates": 3})
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    trainer = Trainer(later)
+    restore(trainer, saved, allow_change=True)
+    for number, average in trainer.average.weights.items():  # from the weights as they are then
+        assert any(value.any() for name, value in average.items() if "lora_B" in name)
+        for name, parameter in trainer.nets.parameters_of(number).items():
+            assert torch.equal(average[name], parameter)
     train(later, resume=True, allow_change=True)
-    assert list(config.output_dir.glob("checkpoints/update-000004/ema_*.safetensors"))
+    assert list(config.output_dir.glob("checkpoints/update-000003/ema_*.safetensors"))
