@@ -56,10 +56,10 @@ def test_an_unfinished_folder_is_never_a_checkpoint(tmp_path: Path):
 
 
 def test_what_was_written_last_wins_over_what_a_crash_left_hidden(tmp_path: Path):
-    old = save(tmp_path, 2)
-    (old / "state.json").rename(old / "kept.json")
-    old.rename(tmp_path / ".old-update-000002")
+    save(tmp_path, 3).rename(tmp_path / ".old-update-000003")  # whole, but left behind
+    assert load_latest(tmp_path)[0].state["update"] == 3
     save(tmp_path, 2)
+    assert load_latest(tmp_path)[0].state["update"] == 2
     hidden = tmp_path / ".old-update-000002"
     save(tmp_path / "other", 2).rename(hidden)
     assert load_latest(tmp_path)[0].path.name == "update-000002"
