@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPModel
+from transformers import AutoConfig, BertTokenizer, CLIPModel, CLIPTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
 
 import shortft
 from shortft.config import Config
@@ -24,6 +25,7 @@ from shortft.rewards.clip import _commit
 from shortft.rewards.files import read_weights
 from shortft.rewards.places import (
     BERT,
+    CLIP_L,
     COMPANIONS,
     HUB,
     VIT_H,
@@ -156,6 +158,47 @@ def test_tokenizers_come_at_their_own_commit(name: str, companion: str):
     assert place.revision_of("somebody/else") == "main"
 
 
+@pytest.fixture
+def asked(folder, blip_folder, monkeypatch) -> set[tuple[str, str, str]]:  # noqa: F811
+    """What is asked of the hub: (class, repository, revision). Local files are what it gives."""
+    found = set()
+
+    def answer(kind, method: str) -> None:
+        read = getattr(kind, method)
+        files = blip_folder if kind is BertTokenizer else folder
+
+        def from_the_hub(source, *, revision, **options):
+            found.add((kind.__name__, source, revision))
+            return read(files, **options)
+
+        monkeypatch.setattr(kind, method, from_the_hub)
+
+    for kind in (AutoConfig, CLIPModel, CLIPTokenizer, BertTokenizer):
+        answer(kind, "from_pretrained")
+    answer(ImageProcessingMixin, "get_image_processor_dict")
+    return found
+
+
+def test_loaders_ask_for_every_file_at_its_own_commit(tmp_path, folder, blip_folder, asked):  # noqa: F811
+    """Of PickScore whole, and of what lies beside no weights of the others."""
+    for file in (
+        folder / "aesthetic-model.pth",
+        blip_folder / "ImageReward.pt",
+        blip_folder / "med_config.json",
+    ):
+        shutil.copy(file, tmp_path)
+    make_reward("pickscore")
+    make_reward("aesthetic,imagereward", f"aesthetic={tmp_path},imagereward={tmp_path}")
+    pickscore = HUB["pickscore"]
+    clip = ("AutoConfig", "CLIPModel", "ImageProcessingMixin")
+    assert asked == {
+        *((kind, pickscore.source, pickscore.revision) for kind in clip[:2]),
+        *((kind, VIT_H, COMPANIONS[VIT_H]) for kind in ("ImageProcessingMixin", "CLIPTokenizer")),
+        *((kind, CLIP_L, COMPANIONS[CLIP_L]) for kind in clip),
+        ("BertTokenizer", BERT, COMPANIONS[BERT]),
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -280,7 +323,7 @@ def test_harmless_pickles_are_not_read_either(tmp_path, clip_dir):  # noqa: F811
         make_reward("clip", tmp_path)
 
 
-def test_a_model_of_the_hub_is_read_at_one_commit(tmp_path, clip_dir, monkeypatch):  # noqa: F811
+def test_a_model_of_the_hub_is_read_at_one_commit(tmp_path, clip_dir, monkeypatch, asked):  # noqa: F811
     """As huggingface_hub's cache lays it out; a branch's commit is known once a file is there."""
     commit = "c0ffee" * 6 + "0000"
     repo = tmp_path / "models--me--clip"
@@ -289,6 +332,8 @@ def test_a_model_of_the_hub_is_read_at_one_commit(tmp_path, clip_dir, monkeypatc
     shutil.copytree(clip_dir, repo / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert _commit(Place("clip", "me/clip")) == commit
+    make_reward("clip", "me/clip")
+    assert ("CLIPModel", "me/clip", commit) in asked
     assert _commit(Place("clip", "me/other")) == "main"
     assert _commit(Place("clip", str(clip_dir))) == "main"
 
