@@ -229,11 +229,20 @@ def test_what_saves_memory_is_what_a_resume_allows(settings, monkeypatch):
 
 
 def test_a_run_goes_on_with_another_optimizer(settings):
-    config = Config(**{**settings, "updates": 1})
+    """From the same weights, with moments that start anew."""
+    config = Config(**{**settings, "updates": 1, "sample_every": 0})
     train(config)
     other = config.model_copy(update={"optimizer": "adamw8bit", "updates": 2})
     with pytest.raises(UserError, match="--optimizer adamw8bit: the run to resume has adamw;"):
         train(other, resume=True)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    trainer = Trainer(other)
+    restore(trainer, saved, allow_change=True)
+    for number in trainer.numbers:
+        state = trainer.nets.state_of(number)
+        assert all(torch.equal(state[k], v) for k, v in saved.tensors[f"lora_{number}"].items())
+        assert saved.tensors[f"optimizer_{number}"]
+    assert not trainer.optimizer.state
     train(other, resume=True, allow_change=True)
     train(config.model_copy(update={"updates": 3}), resume=True, allow_change=True)
     log = (config.output_dir / "metrics.jsonl").read_text().splitlines()
