@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
+from shortft.checkpoint import load_latest
 from shortft.config import Config
 from shortft.drawing import curves
+from shortft.drawing.progress import TrainProgress
 from shortft.errors import UserError
 from shortft.guard import Guard, Look
+from shortft.kept import keep, restore
 from shortft.metrics import diversity
+from shortft.metrics_log import MetricsLog
 from shortft.train import train
 from shortft.trainer import Trainer
-from shortft.watch import thumbnails
+from shortft.watch import decide, thumbnails
 from test_train import weights
 
 
@@ -134,6 +140,51 @@ def test_warn_goes_on(settings, told: Script):
     log = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").open()]
     assert [row["update"] for row in log if "reward" in row][-1] == 8
     assert ["guard" in row for row in log if "eval_reward" in row] == [False, True, True]
+
+
+def test_what_a_resumed_run_remembers_of_its_evaluations(settings, tmp_path: Path):
+    """All, unless they were by another measure; that it was stopped only where that is asked."""
+    config = Config(**{**settings, **HACKED})
+    trainer = Trainer(config)
+    first, best = Look(0, 1.0, 0.5), Look(2, 2.0, 0.6)
+    trainer.guard.restore({"first": asdict(first), "best": asdict(best)})
+    trainer.tripped = True
+    trainer.best = {n: trainer.nets.state_of(n) for n in trainer.numbers}
+    keep(trainer, 0)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+
+    def remembered(**change: object) -> tuple[bool, ...]:
+        trainer.config = config.model_copy(update=change)
+        trainer.guard, trainer.best, trainer.tripped = Guard(0.1), None, False
+        restore(trainer, saved, allow_change=True)
+        seen = trainer.guard.first == first and trainer.guard.best == best
+        assert seen == (trainer.best is not None)
+        assert seen == (trainer.guard.first is not None)
+        return seen, trainer.tripped
+
+    assert remembered() == (True, True)
+    assert remembered(updates=9, learning_rate=1e-4, sample_every=1) == (True, True)
+    for guard in ("warn", "off"):
+        assert remembered(guard=guard) == (True, False)
+    for change in (
+        {"reward": "compressibility"},
+        {"held_out": "symmetry"},
+        {"sample_from": tmp_path / "prompts.txt"},
+        {"sample_prompts": 1},
+        {"sample_noises": 3},
+        {"num_steps": 16},
+        {"guidance_scale": 3.0},
+    ):
+        assert remembered(**change) == (False, False), change
+
+    log, alarming = MetricsLog(tmp_path / "log", 0, enabled=True), Look(4, 9.0, 0.1)
+    for guard in ("off", "warn", "stop"):
+        assert remembered(guard=guard)[0]
+        row: dict[str, object] = {}
+        decide(trainer, log, TrainProgress(8, enabled=False), alarming, row)
+        assert row.keys() == (set() if guard == "off" else {"guard"})
+        assert trainer.tripped == (guard == "stop")
+        assert trainer.guard.best == best
 
 
 def test_the_best_adapter_belongs_to_the_run_that_goes_on(settings, told: Script, monkeypatch):

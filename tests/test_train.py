@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -23,7 +24,7 @@ from shortft.plans import stage_bounds
 from shortft.sampling import generate, load_tuned
 from shortft.seeds import sample_seed
 from shortft.train import FREE, train
-from shortft.trainer import MAX_SKIPPED, Trainer
+from shortft.trainer import CLOCKS, MAX_SKIPPED, Trainer
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -432,6 +433,23 @@ def test_pictures_at_equal_parts_of_the_budget_from_other_prompts(settings, tmp_
     log = [json.loads(row) for row in (config.output_dir / "metrics.jsonl").open()]
     seen = [(r["update"], r["at_seconds"] > 0) for r in log if "eval_reward" in r]
     assert seen == [(0, False), (4, True), (8, True)]
+
+
+def test_a_resumed_run_has_the_minutes_that_are_left(settings, monkeypatch: pytest.MonkeyPatch):
+    """Every update takes half of them."""
+    monkeypatch.setitem(CLOCKS, "wall", itertools.count(0, 60).__next__)
+    change = {"updates": None, "minutes": 2, "num_steps": 4, "batch_size": 1}
+    config = Config(**{**settings, **change})
+    trainer = Trainer(config)
+    trainer.update()
+    keep(trainer, 0)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    resumed = Trainer(config)
+    restore(resumed, saved)
+    assert (trainer.spent(), resumed.spent()) == (0.5, 0.5)
+    assert resumed.update()[0] == 3  # of four stages
+    assert resumed.spent() == 1
+    assert resumed.counters.seconds == 120
 
 
 @pytest.mark.parametrize("clock", ["wall", "cpu"])
