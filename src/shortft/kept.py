@@ -112,7 +112,11 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
         copy_state(trainer.nets, number, saved.tensors[f"lora_{number}"])
         # Another optimizer (--allow-change) starts anew.
         flat = saved.tensors[f"optimizer_{number}"] if same_optimizer else {}
-        for name, parameter in trainer.nets.parameters_of(number).items():
+        parameters = trainer.nets.parameters_of(number)
+        strangers = {key.rpartition("/")[0] for key in flat} - parameters.keys()
+        if strangers:
+            raise ValueError(f"optimizer_{number} holds {min(strangers)}")
+        for name, parameter in parameters.items():
             prefix = f"{name}/"
             kept = {k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)}
             if kept:

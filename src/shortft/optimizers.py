@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from shortft.errors import UserError
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # torch's and bitsandbytes' names
+
 
 def make_optimizer(
     name: str,
@@ -58,7 +60,16 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
 def set_state(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mapping[str, Tensor]
 ) -> None:
-    """Give back what `state_of` returned, on the parameter's device."""
+    """Give back what `state_of` returned, on the parameter's device.
+
+    Raises:
+        ValueError: the state is no whole one, or another parameter's.
+    """
+    moments = [state[key] for key in MOMENTS if key in state]
+    if "step" not in state or len(moments) != 2:
+        raise ValueError(f"an optimizer's state is incomplete ({', '.join(sorted(state))})")
+    if any(moment.shape != parameter.shape for moment in moments):
+        raise ValueError("an optimizer's state is of another shape than its parameter")
     optimizer.state[parameter] = {key: _given_back(key, v, parameter) for key, v in state.items()}
 
 

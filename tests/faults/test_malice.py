@@ -24,7 +24,8 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load as loads
+from safetensors.torch import save, save_file
 
 import shortft
 from shortft.adapter import load_into
@@ -319,11 +320,15 @@ def test_a_checkpoint_of_something_else_is_one_line(settings, capsys):
     state = json.loads(files["state.json"])
     torn = config.output_dir / "torn.safetensors"
     save_file({"../../a": torch.ones(1)}, torn)
+    moments = loads(files["optimizer_1.safetensors"])
     for name, data in (
         ("state.json", b"[]"),
         ("state.json", json.dumps({**state, "config": "!!python/object:os.system {}"}).encode()),
         ("state.json", json.dumps({**state, "log_bytes": "x"}).encode()),
         ("lora_1.safetensors", torn.read_bytes()),
+        ("optimizer_1.safetensors", torn.read_bytes()),
+        ("optimizer_1.safetensors", save({k: v for k, v in moments.items() if "step" not in k})),
+        ("optimizer_1.safetensors", save({k: v[None] for k, v in moments.items()})),
     ):
         changed = {**files, name: data}
         changed["manifest.json"] = manifest_of(changed)
