@@ -372,6 +372,35 @@ def test_what_was_disabled_comes_back_when_it_is_enabled_after_removal(tmp_path:
     torch.testing.assert_close(theirs(pipe, 10), styled, atol=1e-6, rtol=0)
 
 
+def test_pipelines_that_share_a_denoiser_share_its_scheduler(tmp_path: Path):
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    load_adapter(pipe, tmp_path)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    with pytest.raises(RuntimeError, match="must share its scheduler object too"):
+        theirs(other, 10)
+    theirs(pipe, 10)
+
+
+def test_fused_attention_is_refused(tmp_path: Path):
+    make_adapter(tmp_path)
+    pipe = tiny_pipeline()
+    pipe.fuse_qkv_projections()
+    with pytest.raises(UserError, match=r"unfuse_qkv_projections"):
+        load_adapter(pipe, tmp_path)
+    pipe.unfuse_qkv_projections()
+    load_adapter(pipe, tmp_path)
+
+
+def test_a_lora_of_the_few_step_model_acts_in_any_number_of_steps(tmp_path: Path):
+    make_adapter(tmp_path, placement="few_step")
+    pipe = tiny_pipeline()
+    base = theirs(pipe, 2)
+    load_adapter(pipe, tmp_path)
+    assert (theirs(pipe, 2) - base).abs().max() > 1e-3
+
+
 def test_removal_by_an_old_handle_or_after_a_switch_touches_nothing_else(tmp_path: Path):
     make_adapter(tmp_path / "adapter")
     pipe, fresh = tiny_pipeline(), tiny_pipeline()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ def test_an_adapter_without_strength_is_the_base_and_scores_are_of_their_prompts
 ):
     """Pictures are made and scored four at a time, so that a batch ends inside a prompt."""
     make_adapter(tmp_path)
-    few = functools.partial(evaluation._in_batches, size=4)
-    monkeypatch.setattr(evaluation, "_in_batches", few)
+    monkeypatch.setattr(evaluation, "scored_at_once", lambda images: 4)
     options = {"seeds": 2, "num_steps": 4, "batch_size": 4}
     family, reward = tiny_family(), make_reward(OWN)
     figures, pictures = evaluate(family, tmp_path, reward, PROMPTS, strength=0.0, **options)

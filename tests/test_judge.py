@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shortft.errors import UserError
-from shortft.judge import judge
+from shortft.judge import judge, time_limit
 from shortft.rewards.combine import WeightedSum
 
 
@@ -63,3 +64,13 @@ def test_errors_that_are_told_already_and_memory_pass_through():
         judge(WeightedSum([(Odd(told), 1.0)]), IMAGES, ["a"] * 3, seconds=1)
     with pytest.raises(MemoryError):
         judge(WeightedSum([(Odd(full), 1.0)]), IMAGES, ["a"] * 3, seconds=1)
+
+
+def test_somebody_elses_alarm_goes_on():
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    try:
+        with time_limit(5, "--reward x"):
+            pass
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 import time
 from pathlib import Path
@@ -79,7 +80,10 @@ def rows(directory: Path) -> list[dict]:
 
 def test_a_run_writes_everything(settings):
     config = Config(**{**settings, "sample_every": 2, "tensorboard": True})
+    before = random.getstate(), torch.get_rng_state()
     adapter = train(config)
+    assert random.getstate() == before[0]  # the caller's own random numbers go on
+    assert torch.equal(torch.get_rng_state(), before[1])
     log = rows(config.output_dir)
     assert [row["update"] for row in log] == list(range(1, 9))
     assert [row["stage"] for row in log] == [1, 1, 2, 2, 3, 3, 4, 4]

@@ -28,7 +28,7 @@ from shortft.sampling import generate, load_tuned
 from shortft.seeds import generator, sample_seed
 
 EVALUATION = 4  # place in the seed's name space
-SMALL = 256  # pixels: pictures of which 64 are scored at once
+SMALL = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def evaluate(
 
     Raises:
         NotFinite: if a score is not a finite number.
+        UserError: if the adapter is damaged or does not fit the model.
     """
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
     nets, schedule, plan = load_tuned(
@@ -98,11 +99,11 @@ def evaluate(
     cond = family.encode(repeated)
     after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
+    with reward.at_work(family.device):
+        scores = [_in_batches(reward, images, repeated, family) for images in (before, after)]
     scored = [
-        _finite(
-            reward.name, _in_batches(reward, images, repeated, family), repeated, images is after
-        )
-        for images in (before, after)
+        _finite(reward.name, found, repeated, tuned)
+        for found, tuned in zip(scores, (False, True), strict=True)
     ]
     figures: dict[str, Any] = {
         "model": family.source,
@@ -131,9 +132,10 @@ def evaluate(
         figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
     figures["reports"] = {}
     for part, _ in reward.parts:
-        old, new = (
-            _in_batches(part.report, images, repeated, family) for images in (before, after)
-        )
+        with reward.at_work(family.device):
+            old, new = (
+                _in_batches(part.report, images, repeated, family) for images in (before, after)
+            )
         figures["reports"][part.name] = {
             **_compared(part.report_name, old, new, seeds),
             "higher_is_better": part.report_higher_is_better,
@@ -165,6 +167,11 @@ def _noise_seeds(seed: int, prompts: int, noises: int) -> list[int]:
     return [sample_seed(seed, EVALUATION, i, j) for i in range(prompts) for j in range(noises)]
 
 
+def scored_at_once(images: Tensor) -> int:
+    """How many pictures (…, H, W) a reward sees together."""
+    return 64 if images.shape[-1] <= SMALL else 8
+
+
 @torch.no_grad()
 def _in_batches(
     measure: Callable[[Tensor, list[str]], Tensor],
@@ -173,7 +180,7 @@ def _in_batches(
     family: Family,
 ) -> Tensor:
     """A measure of many images, some at a time on the model's device; the result on the CPU."""
-    size = 64 if images.shape[-1] <= SMALL else 8
+    size = scored_at_once(images)
     parts = [
         measure(images[i : i + size].to(family.device), prompts[i : i + size]).float().cpu()
         for i in range(0, len(images), size)

@@ -22,7 +22,7 @@ def quiet() -> Iterator[None]:
 
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars = [library.is_progress_bar_enabled() for library in libraries]
     downloads = not hub.are_progress_bars_disabled()
     for library in libraries:
         library.set_verbosity(logging.CRITICAL)
@@ -34,7 +34,9 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
             library.set_verbosity(level)
-            if bars:
+            if bar:
                 library.enable_progress_bar()
+        if not downloads:
+            hub.disable_progress_bars()  # transformers gave them back as well

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -30,7 +31,9 @@ class TimestepRouter:
     """Switches LoRAs by timestep inside a diffusers pipeline, until `remove` is called.
 
     At every call of the denoiser it looks up how many LoRAs act at that timestep of the
-    pipeline's own schedule, so that any number of inference steps works. Other adapters are the
+    pipeline's own schedule, so that any number of inference steps works that leaves no segment
+    empty. Pipelines that share the denoiser must share the scheduler object as well, and run one
+    after the other. Other adapters are the
     pipeline's business, also those that come or are switched later; `pipe.disable_lora()` switches
     these off as well, and `pipe.unload_lora_weights()` ends the routing. What was disabled before
     stays inactive.
@@ -95,12 +98,20 @@ class TimestepRouter:
     def _counts(self) -> dict[float, int]:
         """LoRAs per timestep, from the timesteps that the pipeline's scheduler visits now."""
         scheduler, info = self._pipe.scheduler, self.info
+        total = scheduler.config.num_train_timesteps
+        unset = scheduler.timesteps is None or len(scheduler.timesteps) == total
+        if unset and getattr(scheduler, "num_inference_steps", None) is None:
+            raise RuntimeError(
+                "the pipeline that load_adapter was given has not set its scheduler's steps; "
+                "pipelines that share its denoiser must share its scheduler object too"
+            )
         # PNDM visits a timestep twice.
         times = tuple(dict.fromkeys(float(t) for t in scheduler.timesteps))
         if times not in self._routes:
             config = scheduler.config
             flow = "FlowMatch" in type(scheduler).__name__ or bool(config.get("use_flow_sigmas"))
-            parts = cut(times, info.parts, info.cut(flow=flow), config.num_train_timesteps)
+            k = 1 if info.placement == "few_step" else info.parts
+            parts = cut(times, k, info.cut(flow=flow), total)
             counts = adapters_at(parts, info.placement)
             self._routes[times] = dict(zip(times, counts, strict=True))
         return self._routes[times]
@@ -179,6 +190,11 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
     denoiser = denoiser_of(pipe)
     if set(names) & set(getattr(denoiser, "peft_config", {})):
         raise UserError(f"{directory}: the pipeline holds an adapter already; remove() it first")
+    if _fused(denoiser):
+        raise UserError(
+            f"{directory}: the pipeline's attention is fused (fuse_qkv_projections), which passes "
+            "LoRAs by; call pipe.unfuse_qkv_projections() first"
+        )
     for number in range(1, info.loras + 1):
         _check_fit(pipe, directory / lora_file(number), info)
     before = {
@@ -210,6 +226,13 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
         layer.set_adapter([] if disabled else active)
     off = {layer: active for layer, (active, disabled) in before.items() if disabled}
     return TimestepRouter(pipe, info, strength, off)
+
+
+def _fused(denoiser: Any) -> bool:
+    """Whether attention runs on copies of its layers."""
+    kinds = [type(processor).__name__ for processor in denoiser.attn_processors.values()]
+    parts = [m for m in denoiser.modules() if isinstance(m, AttentionModuleMixin)]
+    return any("Fused" in kind for kind in kinds) or any(m.fused_projections for m in parts)
 
 
 def _check_fit(pipe: Any, file: Path, info: AdapterInfo) -> None:

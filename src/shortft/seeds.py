@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -15,3 +19,16 @@ def sample_seed(seed: int, *position: int) -> int:
 def generator(seed: int, *position: int) -> torch.Generator:
     """A generator for one place in a run."""
     return torch.Generator().manual_seed(sample_seed(seed, *position))
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Leave the global generators of Python, NumPy and torch as they were before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -31,6 +31,7 @@ from shortft.precision import emulated, settled
 from shortft.preflight.estimate import check_room
 from shortft.rewards import anchor_warning
 from shortft.rewards.places import parse_reward_models
+from shortft.seeds import given_back
 from shortft.trainer import Trainer
 from shortft.watch import look
 
@@ -95,7 +96,8 @@ def train(
         )
         if log.lost:
             notes.append(f"{log.path}: its last {log.lost} bytes are lost, and with them the rows")
-        run(trainer, log, notes, resume=resume)
+        with given_back():
+            run(trainer, log, notes, resume=resume)
     return root / "adapter"
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
-from shortft.assets import prompts_for
+from shortft.assets import EMBEDDED, prompts_for
 from shortft.config import Config, option_name
 from shortft.ema import Average
 from shortft.errors import AllAtOnce, UserError
@@ -68,6 +68,14 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config = settled(config)
         check_local_files(config)
+        if config.held_out is None and config.model != EMBEDDED:
+            for option in ("best_by held_out", "guard stop"):
+                name, value = option.split()
+                if getattr(config, name) == value:
+                    raise UserError(
+                        f"{option_name(name)} {value}: {config.model} has no scorer of its own; "
+                        "name one by --held-out"
+                    )
         # Without this, processes that torchrun starts on CPUs would not know of one another.
         self.accelerator = Accelerator(
             cpu=processes() > 1 and not torch.cuda.is_available(),
@@ -136,14 +144,6 @@ class Trainer:
         self.held_out: WeightedSum | None = WeightedSum([(own, 1.0)]) if own else None
         if config.held_out:
             self.held_out = scorer_of(config, config.held_out, device)
-        if self.held_out is None:
-            for option in ("best_by held_out", "guard stop"):
-                name, value = option.split()
-                if getattr(config, name) == value:
-                    raise UserError(
-                        f"{option_name(name)} {value}: {config.model} has no scorer of its own; "
-                        "name one by --held-out"
-                    )
         self.guard = Guard(config.guard_drop, config.best_by)
         self.tripped = False  # the guard has ended the run
         self.best: dict[int, dict[str, Tensor]] | None = None  # LoRAs of the best evaluation
@@ -209,7 +209,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Constant, then linear to 0 over the last `learning_rate_decay` of the budget."""
         config = self.config
-        left = 1 - self.spent()
+        left = max(0.0, 1 - self.spent())
         if left >= config.learning_rate_decay:
             return config.learning_rate
         return config.learning_rate * left / config.learning_rate_decay
@@ -308,7 +308,8 @@ class Trainer:
         """Seed the global generators, which only others draw from, such as a user's reward.
 
         Drawn per update and process, their numbers are the same after a resume. Nothing of this
-        package draws from them.
+        package draws from them; `train` gives them back, a loop of one's own must do so itself
+        (`seeds.given_back`).
         """
         rank = self.accelerator.process_index
         set_seed(sample_seed(self.config.seed, OTHERS, self.counters.update, rank) % 2**32)
