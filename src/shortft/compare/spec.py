@@ -103,12 +103,12 @@ RATES = {
         "draft_k": (2e-3, 6e-3, 6e-3, 6e-3),
         "draft_lv": (3.5e-3, 6e-3, 6e-3, 6e-3),
         "alignprop": (2e-3, 6e-3, 6e-3, 6e-3),
-        "refl": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "refl": (2e-3, 6e-3, 6e-3, 6e-3),
         "drtune": (2e-3, 6e-3, 6e-3, 6e-3),
         "leapalign": (2e-3, 2e-3, 2e-3, 2e-3),
-        "flowbp_sparse": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "flowbp_sparse": (2e-3, 6e-3, 6e-3, 6e-3),
         "flowbp_bridge": (2e-3, 6e-3, 6e-3, 6e-3),
-        "flowbp_lagrange": (3.5e-3, 6e-3, 6e-3, 6e-3),
+        "flowbp_lagrange": (2e-3, 6e-3, 6e-3, 6e-3),
         "full": (6e-3, 1.8e-2, 1.8e-2, 1.8e-2),
     }.items()
 }
