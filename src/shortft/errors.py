@@ -1,4 +1,6 @@
-"""The one exception that means "the user can fix this"."""
+"""What stops a command or a run: above all the mistakes that the user can mend."""
+
+import os
 
 
 class UserError(Exception):
@@ -39,3 +41,9 @@ class Stopped(BaseException):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
+
+
+def traceback_file() -> str:
+    """Where this process of a run keeps the traceback of somebody else's error."""
+    rank = int(os.environ.get("RANK", "0"))
+    return f"error-{rank}.txt" if rank else "error.txt"

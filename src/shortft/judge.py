@@ -12,8 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from shortft.errors import UserError
-from shortft.launcher import traceback_file
+from shortft.errors import UserError, traceback_file
 from shortft.rewards.combine import WeightedSum
 
 

@@ -15,12 +15,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def traceback_file() -> str:
-    """Where this process of a run keeps the traceback of somebody else's error."""
-    rank = int(os.environ.get("RANK", "0"))
-    return f"error-{rank}.txt" if rank else "error.txt"
-
-
 def as_launched(config: Config) -> Config:
     """The configuration with what accelerate's launcher asks for: FSDP is `shard` here.
 

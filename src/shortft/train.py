@@ -18,11 +18,11 @@ from shortft.confined import RUN, refuse_links
 from shortft.drawing.curves import draw_curves
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
-from shortft.errors import AllAtOnce, Stopped, Torn, UserError
+from shortft.errors import AllAtOnce, Stopped, Torn, UserError, traceback_file
 from shortft.faithful import require_faithful
 from shortft.inputs import parse_yaml
 from shortft.interrupts import Interrupts
-from shortft.launcher import as_launched, traceback_file
+from shortft.launcher import as_launched
 from shortft.lock import only_one
 from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
