@@ -21,6 +21,7 @@ from shortft.cost import Call, Cost
 from shortft.doctor import _safely, hub
 from shortft.lora_layers import MergedLinear
 from shortft.methods.shortft import shortft_plan
+from shortft.methods.suffix import draft_lv
 from shortft.plan_view import measure_cost
 from shortft.precision import own_precision
 from shortft.preflight import dry_run, machine, places
@@ -103,6 +104,9 @@ def test_an_update_costs_what_its_calls_do():
     assert again == 1 + 3 * 10
     kept = anchored.activation_bytes(plan, recompute=False)
     assert kept == cost.activation_bytes(plan, recompute=False) + 3 * 100
+    copied = draft_lv(ddim_schedule(alphas_cumprod(), 50), torch.Generator(), copies=3)
+    again = anchored.seconds(copied, recompute=False) - cost.seconds(copied, recompute=False)
+    assert again == 1 + 3  # the last step and each of its copies, whose input is not learned from
     pinned = shortft_plan(ddim_schedule(alphas_cumprod(), 50), 4, 1, pin=True)
     assert cost.seconds(pinned, recompute=False) == 69 - 11 + 50
 
@@ -408,12 +412,17 @@ def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     roomy = replace(device, free=lambda: 79 * 10**9)
     assert dry_run.check_memory(config, found, roomy).problem is None
 
+    asked = []
+
     def taken(index: int) -> None:
+        asked.append(index)
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", taken)
     (device,) = machine.devices()
+    assert not asked  # asking takes memory of that GPU
     assert device.free() is None
+    assert asked == [0]
     assert dry_run.check_memory(config, found, device).problem is None
 
 

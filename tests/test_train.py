@@ -417,6 +417,22 @@ def test_options_that_do_not_fit_the_chain_are_told_before_the_run(settings):
         Trainer(config)
 
 
+def test_pictures_are_scored_a_micro_batch_at_a_time(settings):
+    trainer = Trainer(Config(**{**settings, "accumulation": 2}))
+    [(part, weight)] = trainer.reward.parts
+    sizes: list[int] = []
+
+    def seen(scores: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(scores))
+        return scores
+
+    images, prompts = torch.rand(5, 3, 16, 16), ["red apple"] * 5
+    trainer.reward.parts = ((Harmed(part, seen), weight),)
+    mean = trainer.score(trainer.reward, images, prompts)
+    assert sizes == [2, 2, 1]
+    assert mean == pytest.approx(float(weight * part(images, prompts).mean()), rel=1e-5)
+
+
 def test_recomputation_and_accumulation_hold_for_re_noised_copies(settings, tmp_path: Path):
     found = []
     for change in ({}, {"recompute": True}, {"accumulation": 2}):

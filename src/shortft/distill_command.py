@@ -253,7 +253,8 @@ def distill_command(
         report=console.print,
         save=lambda: distiller.save(output),
         fidelity=lambda: fidelity()[0],
-        sample_batch=min(64, 2 * batch_size // accumulation),  # without gradient there is room
+        # Without gradient there is room for more.
+        sample_batch=min(64, 2 * batch_size // accumulation),
         accumulation=accumulation,
     )
     figures: dict[str, Any] = {

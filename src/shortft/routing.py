@@ -33,10 +33,9 @@ class TimestepRouter:
     At every call of the denoiser it looks up how many LoRAs act at that timestep of the
     pipeline's own schedule, so that any number of inference steps works that leaves no segment
     empty. Pipelines that share the denoiser must share the scheduler object as well, and run one
-    after the other. Other adapters are the
-    pipeline's business, also those that come or are switched later; `pipe.disable_lora()` switches
-    these off as well, and `pipe.unload_lora_weights()` ends the routing. What was disabled before
-    stays inactive.
+    after the other. Other adapters are the pipeline's business, also those that come or are
+    switched later; `pipe.disable_lora()` switches these off as well, and
+    `pipe.unload_lora_weights()` ends the routing. What was disabled before stays inactive.
     """
 
     def __init__(
@@ -181,8 +180,8 @@ def load_adapter(pipe: Any, path: str | Path, *, strength: float = 1.0) -> Times
         The router; its `set_strength` and `remove` act on the pipeline.
 
     Raises:
-        UserError: if the adapter is damaged, was made for another architecture, or one is loaded
-            already.
+        UserError: if the adapter is damaged, was made for another architecture, one is loaded
+            already, or the pipeline's attention is fused.
     """
     directory = Path(path)
     info = read_info(directory)
