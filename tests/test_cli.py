@@ -13,6 +13,7 @@ import shortft
 from shortft.cli import main
 from shortft.config import Config, load_config, option_name
 from shortft.errors import Stopped
+from shortft.routing import load_adapter
 
 COMMANDS = ["train", "plan", "sample", "evaluate", "check", "shortcut", "demo", "doctor"]
 
@@ -217,6 +218,6 @@ def test_interruption_has_its_exit_code(
 def test_package_exports_load_late() -> None:
     code = "import sys, shortft; sys.exit(bool({'torch', 'pydantic'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert shortft.Config is Config
+    assert shortft.load_adapter is load_adapter
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = shortft.no_such_name

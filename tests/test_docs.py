@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import typer
 
+from shortft.cli import app
 from shortft.compare.figures import PLAIN_CHAIN, is_rival, names_shown
 from shortft.compare.spec import RATES, REWARDS
 from shortft.methods.catalog import METHODS, VARIANTS
@@ -25,12 +27,34 @@ def test_methods_page_lists_every_method_option_and_variant():
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
-def test_links_between_pages_lead_somewhere(page: str):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+def test_command_line_page_tells_every_option():
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {
+        (name, tuple(o for o in [*p.opts, *p.secondary_opts] if o.startswith("--")))
+        for name, command in commands.items()
+        for p in command.params
+    }
+    untold = [
+        (name, spelled)
+        for name, spelled in sorted(options)
+        if spelled and not any(re.search(rf"{re.escape(o)}(?![\w-])", text) for o in spelled)
+    ]
+    assert len(options) > 100
+    assert untold == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_links_outside_the_site_lead_somewhere(page: str):
+    """Those within docs/ are checked by `make docs`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]+)(?:#([^)]*))?\)", text):
         if not target.startswith("http"):
-            assert (ROOT / "docs" / target).exists(), target
+            assert (ROOT / target).exists(), target
+        if anchor and target.endswith(".md"):
+            headings = re.findall(r"^#+ (.*)$", (ROOT / target).read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+            assert anchor in slugs, (target, anchor)
 
 
 @pytest.mark.parametrize(("page", "least"), [("comparisons", 480), ("earlier-comparisons", 780)])

@@ -9,13 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shortft.config import Config
     from shortft.routing import load_adapter
 
 __version__ = "0.1.0"
-__all__ = ["Config", "__version__", "load_adapter"]
+__all__ = ["__version__", "load_adapter"]
 
-_HOMES = {"Config": "shortft.config", "load_adapter": "shortft.routing"}
+_HOMES = {"load_adapter": "shortft.routing"}
 
 
 def __getattr__(name: str) -> object:

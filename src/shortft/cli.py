@@ -235,7 +235,7 @@ def evaluate(
     ] = None,
     prompts: PromptsOption = None,
     output_dir: OutputDirOption = Path("runs/evaluate"),
-    seeds: Annotated[int, typer.Option(min=1, help="Noises per prompt.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Noises per prompt, at least 2.")] = 3,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, from the list's start.")] = 48,
     num_steps: AdapterStepsOption = None,
     guidance_scale: GuidanceOption = None,

@@ -39,8 +39,8 @@ REWARD = typer.Option(
 ShortcutOption = Annotated[
     str,
     typer.Option(
-        help="Few-step LoRA: 'guided' (= 'auto') or 'unguided' (both ship for emoji), 'none' (DDIM "
-        "jump), or a file.",
+        help="Few-step LoRA: 'guided' (= 'auto') or 'unguided' (both ship for emoji), a file, a "
+        "file on the hub (owner/name/file.safetensors), or a published one such as hyper-sd15-4.",
         callback=lambda value: check_shortcut("--shortcut", value),
     ),
 ]
@@ -63,7 +63,10 @@ AdapterStepsOption = Annotated[
 SegmentsOption = Annotated[int, typer.Option(min=1, help="Segments of the chain.")]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option(min=1, help="Classifier-free guidance; default: the adapter's or the model's."),
+    typer.Option(
+        min=1,
+        help="Classifier-free guidance; default: the adapter's if there is one, or the model's.",
+    ),
 ]
 PrecisionOption = Annotated[
     Literal["auto", "fp32", "bf16"],
@@ -105,9 +108,10 @@ def with_config_options(command: Command) -> Command:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = field.annotation is bool
     option = option_name(name)
+    default = _shown(field.get_default(call_default_factory=True))
     declared = typer.Option(
         f"{option}/--no-{option[2:]}" if flag else option,
-        help=f"{field.description} [default: {_shown(field.default)}]",
+        help=f"{field.description} [default: {default}]",
         metavar=None if flag else _metavar(field.annotation),
     )
     annotation = (bool if flag else str) | None
@@ -131,4 +135,4 @@ def _metavar(annotation: Any) -> str:
 def _shown(default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
-    return "none" if default is None else str(default)
+    return "none" if default in (None, {}, ()) else str(default)

@@ -205,7 +205,8 @@ def check_command(
     path = found.path
     if path is None:
         raise UserError(
-            "--shortcut none: there is nothing to check; give `guided`, `unguided` or a LoRA file"
+            f"--shortcut {shortcut}: there is nothing to check; give `guided`, `unguided`, a "
+            "LoRA's file or a published one's name"
         )
     if output is not None and output.resolve() == path.with_suffix(".json").resolve():
         raise UserError(f"--output {output}: holds the shortcut's own settings; give another name")
