@@ -215,6 +215,13 @@ def test_interruption_has_its_exit_code(
     assert main(["train"]) == code
 
 
+def test_help_shows_defaults_as_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none given = its paper's. [default: none]" in shown
+    assert "Pydantic" not in shown
+
+
 def test_package_exports_load_late() -> None:
     code = "import sys, shortft; sys.exit(bool({'torch', 'pydantic'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

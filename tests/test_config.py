@@ -1,5 +1,6 @@
 """The configuration: what it accepts, what it refuses, and how it says so."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,20 @@ from shortft.inputs import read_prompts
 
 def test_importing_and_validating_loads_no_torch() -> None:
     code = (
-        "import sys, shortft, shortft.config; shortft.Config(reward='clip:1,symmetry:0.2'); "
+        "import sys; from shortft.config import Config; Config(reward='clip:1,symmetry:0.2'); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("sample_from", "empty.txt"), ("held_out", "nosuch"), ("reward", "clip:x")]
+)
+def test_the_option_that_is_wrong_is_named(tmp_path: Path, field: str, value: str) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    wrong = str(tmp_path / value) if field == "sample_from" else value
+    with pytest.raises(UserError, match=rf"^{re.escape(option_name(field))} "):
+        load_config(None, {field: wrong})
 
 
 def test_every_field_is_documented() -> None:

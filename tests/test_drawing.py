@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from shortft.drawing import curves, grids, plan_picture
+from shortft.drawing import curves, grids, plan_picture, plan_text
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress, clock_text, memory_text, summary_table
 from shortft.drawing.text import load_font, wrap
@@ -272,7 +272,7 @@ def shown(*renderables: object, width: int = 80) -> str:
 )
 def test_plan_text_counts_and_glyphs(stage: int, calls: int, grad_calls: int) -> None:
     title, plan = STAGES[stage - 1]
-    text = shown(plan_picture.plan_text(plan, TIMES, SEGMENTS, title, legend=False))
+    text = shown(plan_text.plan_text(plan, TIMES, SEGMENTS, title, legend=False))
     assert f"stage {stage}: {calls} network calls, {grad_calls} with gradient" in text
     for when in ("981 → 761", "741 → 501", "481 → 261", "241 → 1"):
         assert when in text
@@ -288,15 +288,15 @@ def test_plan_text_counts_and_glyphs(stage: int, calls: int, grad_calls: int) ->
 
 def test_plan_text_tells_jumps_by_the_shortcut_from_the_policys_without_colour() -> None:
     plan = jumps_plan(SCHEDULE, 4, jump="half", pin=False)
-    text = shown(plan_picture.plan_text(plan, TIMES, SEGMENTS))
+    text = shown(plan_text.plan_text(plan, TIMES, SEGMENTS))
     chain = [line.split()[4] for line in text.splitlines() if "→" in line]
     assert [jump.rstrip("─▶") for jump in chain] == ["S1", "S1", "1", "1"]
     assert "S1─▶ shortcut jump with" in text
-    assert "S1─▶" not in shown(plan_picture.plan_text(STAGES[0][1], TIMES, SEGMENTS))
+    assert "S1─▶" not in shown(plan_text.plan_text(STAGES[0][1], TIMES, SEGMENTS))
 
 
 def test_plan_text_marks_where_the_gradient_flows() -> None:
-    text = shown(plan_picture.plan_text(STAGES[1][1], TIMES, SEGMENTS))
+    text = shown(plan_text.plan_text(STAGES[1][1], TIMES, SEGMENTS))
     lines = text.splitlines()
     jump = next(i for i, line in enumerate(lines) if "S─" in line)
     begin, end = lines[jump].index("S"), lines[jump].index("3", 25)
@@ -307,9 +307,7 @@ def test_plan_text_marks_where_the_gradient_flows() -> None:
 
 def test_plan_text_without_segments_and_with_partial_gradient() -> None:
     steps = tuple(Step(i, i + 1, "policy", 1, i == 40, 0.5 if i > 40 else 1.0) for i in range(50))
-    text = shown(
-        plan_picture.plan_text(Plan(steps, (1,), "x0"), TIMES, title="other", legend=False)
-    )
+    text = shown(plan_text.plan_text(Plan(steps, (1,), "x0"), TIMES, title="other", legend=False))
     assert "1" * 50 in text
     assert "▲" + "~" * 9 in text
     assert "prediction of the last call" in text
@@ -321,7 +319,7 @@ def test_plan_text_of_any_length_fits(steps: int, k: int) -> None:
     schedule = ddim_schedule(alphas_cumprod(), steps)
     plan = shortft_plan(schedule, k, 1)
     parts = segments(schedule, k)
-    text = shown(plan_picture.plan_text(plan, schedule.timesteps.tolist(), parts, legend=False))
+    text = shown(plan_text.plan_text(plan, schedule.timesteps.tolist(), parts, legend=False))
     assert max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines() if "→" in line]
     assert sum(int(row[-2]) for row in rows) == plan.calls

@@ -349,15 +349,10 @@ class Config(BaseModel):
             )
         return value
 
-    @field_validator("reward")
+    @field_validator("reward", "held_out")
     @classmethod
-    def _known_reward(cls, value: str) -> str:
-        return check_reward(value)
-
-    @field_validator("held_out")
-    @classmethod
-    def _known_held_out(cls, value: str | None) -> str | None:
-        return None if value is None else check_reward(value)
+    def _known_reward(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else check_reward(value, option_name(str(info.field_name)))
 
     @field_validator("reward_model")
     @classmethod
@@ -367,10 +362,10 @@ class Config(BaseModel):
 
     @field_validator("prompts", "sample_from")
     @classmethod
-    def _readable_prompts(cls, value: Path | None) -> Path | None:
+    def _readable_prompts(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None:
             value = expand(value)
-            read_prompts(value)
+            read_prompts(value, option_name(str(info.field_name)))
         return value
 
     @field_validator("output_dir")

@@ -28,6 +28,7 @@ from shortft.seeds import generator, sample_seed
 from shortft.shortcut_check import Jumper, Jumping, jump_plan
 
 FOLDED_FROM = 8  # samples
+EMA_DECAY = 0.998
 
 
 @dataclass
@@ -96,12 +97,11 @@ class Distiller:
         rank: int = 64,
         student_guidance: Guidance | None = None,
         seed: int = 0,
-        ema_decay: float = 0.998,
     ) -> None:
         self.family, self.schedule, self.k = family, schedule, k
         self.guidance, self.cond = guidance, cond
         self.student_guidance = student_guidance or Guidance()
-        self.seed, self.ema_decay = seed, ema_decay
+        self.seed = seed
         self.parts = segments(schedule, k)
         self.student = view(family.denoiser)
         add_lora(
@@ -239,7 +239,7 @@ class Distiller:
         nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
         optimizer.step()
         self.updates += 1
-        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(EMA_DECAY, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
         return total

@@ -272,12 +272,13 @@ def evaluate_command(
     console.print(f"{output_dir}/evaluation.json, {output_dir}/before_after.png", markup=False)
 
 
-def draw_before_after(path: Path, pictures: Pictures, seeds: int, count: int = 16) -> None:
-    """The first noise of evenly spaced prompts, base above tuned."""
+def draw_before_after(path: Path, pictures: Pictures, seeds: int) -> None:
+    """The first noise of up to 16 evenly spaced prompts, base above tuned."""
     from shortft.drawing.grids import before_after
 
     total = len(pictures.prompts) // seeds
-    rows = [i * total // min(count, total) * seeds for i in range(min(count, total))]
+    count = min(16, total)
+    rows = [i * total // count * seeds for i in range(count)]
     before_after(
         path,
         pictures.before[rows],

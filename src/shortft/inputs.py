@@ -120,9 +120,13 @@ def check_place(option: str, value: str, others: str = "a directory") -> str:
     )
 
 
-def check_reward(spec: str) -> str:
+def check_reward(spec: str, option: str = "--reward") -> str:
     """Return `spec` if it names known rewards with valid weights."""
-    parse_reward_spec(spec)
+    try:
+        parse_reward_spec(spec)
+    except UserError as error:
+        told = str(error).removeprefix("--reward ")
+        raise UserError(f"{option} {told}") from None
     return spec
 
 

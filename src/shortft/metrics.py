@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RESAMPLES = 10_000
+
 Embedder = Callable[[Tensor], Tensor]
 """Pictures (B, 3, H, W) in [0, 1] -> features (B, D), such as `ClipReward.embed_images`."""
 
@@ -127,7 +129,6 @@ def bootstrap_interval(
     generator: torch.Generator,
     *,
     level: float = 0.95,
-    resamples: int = 10_000,
 ) -> Interval:
     """Percentile bootstrap interval of the mean of independent `values` (N,).
 
@@ -148,7 +149,7 @@ def bootstrap_interval(
     means = torch.cat(
         [
             flat[torch.randint(len(flat), (rows, len(flat)), generator=generator)].mean(1)
-            for rows in _chunks(resamples, max(1, 4_000_000 // len(flat)))
+            for rows in _chunks(RESAMPLES, max(1, 4_000_000 // len(flat)))
         ]
     )
     tail = (1 - level) / 2

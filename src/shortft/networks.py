@@ -74,19 +74,18 @@ def add_lora(
                 layer.lora_B[name].weight.zero_()
 
 
-def activate(module: nn.Module, strengths: Mapping[str, float], keep: Sequence[str] = ()) -> None:
-    """Switch on exactly these adapters, each at its strength, and those to keep as they are.
+def activate(module: nn.Module, strengths: Mapping[str, float]) -> None:
+    """Switch on exactly these adapters, each at its strength.
 
     `requires_grad` of LoRA parameters is left for the caller to set: peft changes it here.
     """
     for layer in lora_layers(module):
-        present = [name for name in (*keep, *strengths) if name in layer.lora_A]
+        present = [name for name in strengths if name in layer.lora_A]
         layer.enable_adapters(bool(present))
         if present:
             layer.set_adapter(present)
         for name in present:
-            if name in strengths:
-                layer.set_scale(name, strengths[name])
+            layer.set_scale(name, strengths[name])
 
 
 def lora_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,7 +97,6 @@ def measure(
     guidance: Guidance,
     *,
     batch_size: int = 32,
-    progress: Callable[[], None] | None = None,
 ) -> list[Fidelity]:
     """Measure jumpers on the base's own trajectories from the given noise (B, C, h, w)."""
     parts = segments(schedule, k)
@@ -124,8 +123,6 @@ def measure(
                     jump_plan(schedule, k, first=first), nets, noise[rows], here, schedule
                 )
                 collected[index].append(psnr(decode_few(family, end), reference))
-        if progress:
-            progress()
     return [
         Fidelity(
             jumper.name,

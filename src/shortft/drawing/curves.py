@@ -79,7 +79,6 @@ def draw_curves(
     path: str | os.PathLike[str],
     title: str | None = None,
     reward_name: str = "reward",
-    held_out_name: str = "held-out scorer",
 ) -> Path:
     """Draw `curves.png`: reward, evaluations, gradient norm, and what pictures became, of one run.
 
@@ -124,7 +123,7 @@ def draw_curves(
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="lower right", fontsize=8, framealpha=0.9, edgecolor="none")
 
-    _frame(axes[2], "update", held_out_name)
+    _frame(axes[2], "update", "held-out scorer")
     _marks(axes[2], eval_updates, _column(log.evaluations, "eval_held_out"), GREEN, "o", "")
     best = [row["update"] for row in log.evaluations if row.get("best")]
     for update in best[-1:]:

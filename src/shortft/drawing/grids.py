@@ -24,6 +24,7 @@ INK = (34, 34, 34)
 MUTED = (110, 110, 110)
 BETTER = (0, 100, 160)  # blue and vermillion stay apart for colour-blind readers
 WORSE = (190, 80, 0)
+COLUMNS = 8  # of a block
 
 Colour = tuple[int, int, int]
 Note = tuple[str, Colour]
@@ -48,12 +49,11 @@ def save_grid(
     title: str | None = None,
     scale: int | None = None,
     notes: Sequence[Sequence[Note | str]] | None = None,
-    max_columns: int = 8,
 ) -> Path:
     """Save a labelled grid as PNG; row r, column c shows `rows[r][c]`.
 
     `rows`: tensors (n, 3, H, W) in [0, 1], all of one shape. `column_labels` (n of them, wrapped,
-    never cut) stand above the columns, `notes[r][c]` below a picture. More than `max_columns`
+    never cut) stand above the columns, `notes[r][c]` below a picture. More than eight
     pictures continue in a further block below. `scale`: integer enlargement; by default small
     pictures grow to at least 128 pixels.
     """
@@ -71,7 +71,7 @@ def save_grid(
     body, bold = load_font(size), load_font(size, bold=True)
     small = load_font(max(12, size - 1))
     gap = max(8, cell_w // 16)
-    per_block = max(1, min(max_columns, count))
+    per_block = max(1, min(COLUMNS, count))
     blocks = [range(i, min(i + per_block, count)) for i in range(0, count, per_block)]
 
     side_lines = [wrap(label, bold, max(cell_w, 110)) for label in row_labels]
@@ -130,13 +130,8 @@ def before_after(
     before: Tensor,
     after: Tensor,
     prompts: Sequence[str],
-    before_label: str = "base",
-    after_label: str = "tuned",
     scores_before: Sequence[float] | Tensor | None = None,
     scores_after: Sequence[float] | Tensor | None = None,
-    title: str | None = None,
-    scale: int | None = None,
-    max_columns: int = 8,
 ) -> Path:
     """Save base pictures above tuned ones; column c has one prompt and one noise.
 
@@ -151,8 +146,7 @@ def before_after(
             [f"{score:.{digits}f}" for score in old],
             [_change(a, b, digits) for a, b in zip(old, new, strict=True)],
         ]
-    labels = [before_label, after_label]
-    return save_grid(path, [before, after], labels, prompts, title, scale, notes, max_columns)
+    return save_grid(path, [before, after], ["base", "tuned"], prompts, notes=notes)
 
 
 def save_images(
@@ -160,12 +154,11 @@ def save_images(
     images: Tensor,
     prompts: Sequence[str],
     seeds: Sequence[int] | None = None,
-    start: int = 0,
 ) -> list[Path]:
     """Save (n, 3, H, W) images in [0, 1] as `0000_red-apple_seed7.png` … inside `directory`.
 
     Names hold only a-z, 0-9, `-` and `_`, so that no prompt can leave the folder; the number
-    (from `start`) keeps them apart. Prompt and seed are also stored in the PNG as text.
+    keeps them apart. Prompt and seed are also stored in the PNG as text.
     """
     if len(prompts) != len(images) or (seeds is not None and len(seeds) != len(images)):
         raise ValueError(f"{len(images)} images need as many prompts and seeds")
@@ -173,7 +166,7 @@ def save_images(
     for i, (pixels, prompt) in enumerate(zip(to_uint8(images), prompts, strict=True)):
         info = PngInfo()
         info.add_itxt("prompt", prompt)
-        name = f"{start + i:04d}_{slug(prompt)}"
+        name = f"{i:04d}_{slug(prompt)}"
         if seeds is not None:
             info.add_itxt("seed", str(seeds[i]))
             name += f"_seed{seeds[i]}"
@@ -182,10 +175,10 @@ def save_images(
     return paths
 
 
-def slug(text: str, limit: int = 60) -> str:
+def slug(text: str) -> str:
     """`text` as a file name part: lower-case ASCII letters, digits and `-`; never empty."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:limit].strip("-") or "prompt"
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:60].strip("-") or "prompt"
 
 
 def _enlarge(pixels: np.ndarray, scale: int) -> Image.Image:

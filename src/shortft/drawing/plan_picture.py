@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from shortft.drawing.files import write_atomic
-from shortft.drawing.plan_like import PlanLike, StepLike, timestep_text
-from shortft.drawing.plan_text import plan_text
+from shortft.drawing.plan_text import timestep_text
 
-__all__ = ["plan_png", "plan_text"]
+if TYPE_CHECKING:
+    from shortft.plans import Plan, Step
 
 INK, GREY, BLUE, BAND = "#222222", "#8A8A8A", "#0072B2", "#CDE9DF"
 BAND_EDGE, BAND_INK = "#009E73", "#00785A"
@@ -29,7 +29,7 @@ BLOCK, GAP = 0.15, 0.03
 
 def plan_png(
     path: str | os.PathLike[str],
-    stages: Sequence[tuple[str, PlanLike]],
+    stages: Sequence[tuple[str, Plan]],
     timesteps: Sequence[float],
     segments: Sequence[Sequence[int]] = (),
     notes: Sequence[str] | None = None,
@@ -84,7 +84,7 @@ def _lora(number: int) -> str:
     return LORA[min(number, len(LORA)) - 1]
 
 
-def _lane_height(plans: Sequence[PlanLike]) -> float:
+def _lane_height(plans: Sequence[Plan]) -> float:
     """Room for the tallest stack of LoRAs, for the arcs of jumps, and for the counts."""
     steps = [step for plan in plans for step in plan.steps]
     stack = max((step.adapters for step in steps), default=0) * (BLOCK + GAP)
@@ -103,7 +103,7 @@ def _segments(axis: Axes, segments: Sequence[Sequence[int]], top: float) -> None
         axis.text((left + right) / 2, top + 0.08, f"segment {n + 1}", ha="center", **style)
 
 
-def _lane(axis: Axes, plan: PlanLike, y: float, points: int) -> None:
+def _lane(axis: Axes, plan: Plan, y: float, points: int) -> None:
     width = 0.011 * points
     final = plan.steps[-1].stop
     axis.plot([0, final], [y, y], color="#BBBBBB", lw=1, zorder=1)
@@ -138,7 +138,7 @@ def _lane(axis: Axes, plan: PlanLike, y: float, points: int) -> None:
         axis.add_patch(arrow)
 
 
-def _arc(axis: Axes, step: StepLike, y: float, width: float) -> None:
+def _arc(axis: Axes, step: Step, y: float, width: float) -> None:
     ends = (step.start, y + 0.05), (step.stop - width / 2, y + 0.05)
     style: dict[str, Any] = {
         "connectionstyle": "arc3,rad=-0.28",
@@ -173,7 +173,7 @@ def _frame(
     axis.axis("off")
 
 
-def _legend(plans: Sequence[PlanLike]) -> list[Line2D | Patch]:
+def _legend(plans: Sequence[Plan]) -> list[Line2D | Patch]:
     steps = [step for plan in plans for step in plan.steps]
     adapters = max((step.adapters for step in steps), default=0)
     handles: list[Line2D | Patch] = []

@@ -6,18 +6,14 @@ Every colour has a glyph of its own, so that the picture reads without colour.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shortft.drawing.plan_like import (
-    PlanLike,
-    StepLike,
-    calls_text,
-    stretches,
-    timestep_text,
-)
+if TYPE_CHECKING:
+    from shortft.plans import Plan, Step
 
 BASE, JUMP, PINNED, CACHED, RAIL, HEAD = "·", "S", "P", "-", "─", "▶"
 TRAINS, FULL, PARTIAL = "▲", "═", "~"
@@ -27,7 +23,7 @@ CHAIN_WIDTH = 46
 
 
 def plan_text(
-    plan: PlanLike,
+    plan: Plan,
     timesteps: Sequence[float],
     segments: Sequence[Sequence[int]] = (),
     title: str | None = None,
@@ -103,7 +99,7 @@ def legend_text(
     return text
 
 
-def _glyph(step: StepLike) -> tuple[str, str]:
+def _glyph(step: Step) -> tuple[str, str]:
     if step.net == "shortcut" and not step.adapters:
         return PINNED if step.pin else JUMP, STYLE["shortcut"]
     if step.net in ("base", "cached"):
@@ -112,7 +108,7 @@ def _glyph(step: StepLike) -> tuple[str, str]:
     return count, STYLE["train" if step.trains else "policy"]
 
 
-def _draw(plan: PlanLike, points: range, cell: int) -> tuple[Text, Text]:
+def _draw(plan: Plan, points: range, cell: int) -> tuple[Text, Text]:
     """The chain's line and the gradient's line below it, `cell` columns per point."""
     width = cell * len(points)
     chain: list[tuple[str, str]] = [(" ", "")] * width
@@ -142,3 +138,26 @@ def _draw(plan: PlanLike, points: range, cell: int) -> tuple[Text, Text]:
             if step.trains:
                 put(below, first, TRAINS, GRADIENT)
     return Text.assemble(*chain), Text.assemble(*below)
+
+
+def stretches(
+    segments: Sequence[Sequence[int]], points: int, width: int
+) -> list[tuple[str, range]]:
+    """(label, point indices) of each text row: the segments, cut where wider than `width`."""
+    parts = [list(segment) for segment in segments if len(segment)] or [list(range(points))]
+    rows = []
+    for number, part in enumerate(parts, start=1):
+        for low in range(part[0], part[-1] + 1, width):
+            label = f"{number}" if low == part[0] and len(parts) > 1 else ""
+            rows.append((label, range(low, min(low + width, part[-1] + 1))))
+    return rows
+
+
+def timestep_text(timestep: float) -> str:
+    """981, or 0.25 for schedules that count from 1 to 0."""
+    return f"{timestep:.0f}" if timestep == round(timestep) or timestep >= 1 else f"{timestep:.2f}"
+
+
+def calls_text(plan: Plan) -> str:
+    """18 network calls, 7 with gradient."""
+    return f"{plan.calls} network calls, {plan.grad_calls} with gradient"

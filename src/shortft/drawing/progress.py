@@ -140,13 +140,14 @@ class TrainProgress:
         return left if self.minutes is None else min(left, max(0.0, self.minutes * 60 - elapsed))
 
 
-def summary_table(summary: Mapping[str, Any], title: str = "Held-out prompts, same noise") -> Table:
+def summary_table(summary: Mapping[str, Any]) -> Table:
     """The end of a run as a table.
 
     `summary`: `reward`, `held_out`, `diversity`, each with `name`, `before`, `after`; `updates`,
     `seconds`, `seconds_per_update`, `peak_memory_bytes`. Absent keys are left out.
     """
     cost = _cost_line(summary)
+    title = "Held-out prompts, same noise"
     table = Table(title=title, title_justify="left", title_style="bold", caption=cost)
     table.caption_justify, table.caption_style = "left", ""
     for name in ("", "measure"):

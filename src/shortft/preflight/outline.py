@@ -130,15 +130,15 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def blank_prompt(family: PipelineFamily, count: int = 1) -> Conditioning:
-    """Zeros in the shape that the family's `encode` gives, on the current default device."""
+def blank_prompt(family: PipelineFamily) -> Conditioning:
+    """One prompt: zeros in the shape that `encode` gives, on the current default device."""
     config: Any = family.denoiser.config
     width = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     pooled = config.get("pooled_projection_dim")
     if config.get("addition_embed_type") == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    states = torch.zeros(count, family.prompt_tokens, width)
-    vector = torch.zeros(count, pooled) if pooled else None
+    states = torch.zeros(1, family.prompt_tokens, width)
+    vector = torch.zeros(1, pooled) if pooled else None
     return Conditioning(states, states.clone(), vector, vector)
 
 
