@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from shortft.config import DEFAULT_MINUTES, Config, load_config, option_name, to_yaml
@@ -30,6 +31,16 @@ def test_the_option_that_is_wrong_is_named(tmp_path: Path, field: str, value: st
     wrong = str(tmp_path / value) if field == "sample_from" else value
     with pytest.raises(UserError, match=rf"^{re.escape(option_name(field))} "):
         load_config(None, {field: wrong})
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "field"),
+    [("none", "shortcut_guidance_scale"), ("none", "shortcut_scale"), ("plain", "shortcut_scale")],
+)
+def test_settings_of_a_shortcut_need_one(shortcut: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf"{option_name(field)} 2: --shortcut {shortcut} has no"):
+        Config(shortcut=shortcut, **{field: 2.0})
+    assert Config(shortcut="plain", shortcut_guidance_scale=2.0).shortcut_guidance_scale == 2
 
 
 def test_every_field_is_documented() -> None:
@@ -191,6 +202,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+@hypothesis_settings(deadline=None)  # machines are busy at times
 @given(
     rank=st.integers(1, 512),
     learning_rate=st.floats(1e-8, 1.0),

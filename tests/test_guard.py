@@ -169,13 +169,21 @@ def test_what_a_resumed_run_remembers_of_its_evaluations(settings, tmp_path: Pat
     for change in (
         {"reward": "compressibility"},
         {"held_out": "symmetry"},
-        {"sample_from": tmp_path / "prompts.txt"},
+        {"seed": 1},
+        {"precision": "bf16"},
+        {"reward_model": "clip=elsewhere"},
+        {"decoder": "elsewhere"},
         {"sample_prompts": 1},
         {"sample_noises": 3},
         {"num_steps": 16},
         {"guidance_scale": 3.0},
     ):
         assert remembered(**change) == (False, False), change
+    for name, other in (("sample_prompts", ["rocket"]), ("inputs", "another model's")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, name, other)
+            assert remembered() == (False, False), name
+    assert remembered() == (True, True)
 
     log, alarming = MetricsLog(tmp_path / "log", 0, enabled=True), Look(4, 9.0, 0.1)
     for guard in ("off", "warn", "stop"):

@@ -36,7 +36,7 @@ ALLOWED = {
     "lora_layers": set(),
     "networks": {"families", "lora_layers", "plans"},
     "adapter": {"errors", "networks", "plans", "quiet", "schedule", "weights_file"},
-    "judge": {"errors", "rewards"},
+    "judge": {"errors", "out_of_memory", "rewards"},
     "lock": {"errors"},
     "step": {
         "chain",

@@ -107,6 +107,11 @@ def test_an_update_costs_what_its_calls_do():
     copied = draft_lv(ddim_schedule(alphas_cumprod(), 50), torch.Generator(), copies=3)
     again = anchored.seconds(copied, recompute=False) - cost.seconds(copied, recompute=False)
     assert again == 1 + 3  # the last step and each of its copies, whose input is not learned from
+    # All four ends are decoded and scored; with recomputation decoded one by one.
+    scored, one = replace(cost, score_bytes=60), replace(cost, decode=0.0)
+    assert cost.seconds(copied, recompute=False) == one.seconds(copied, recompute=False) + 4 * 3
+    assert scored.activation_bytes(copied, recompute=False) == 4 * 100 + 4 * (7 + 60)
+    assert scored.activation_bytes(copied, recompute=True) == 4 * 60
     pinned = shortft_plan(ddim_schedule(alphas_cumprod(), 50), 4, 1, pin=True)
     assert cost.seconds(pinned, recompute=False) == 69 - 11 + 50
 

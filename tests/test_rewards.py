@@ -169,7 +169,10 @@ def test_clip_encodes_each_prompt_once(clip, monkeypatch):
     monkeypatch.setattr(clip.model, "get_text_features", counting)
     first = clip.embed_texts(PROMPTS)
     torch.testing.assert_close(clip.embed_texts(PROMPTS), first, rtol=0, atol=0)
-    assert encoded == [3]
+    assert encoded == [1, 1, 1]  # alone, so that a feature does not depend on the others
+    for prompt, row in zip(PROMPTS, first, strict=True):
+        clip._text_features.clear()
+        assert torch.equal(clip.embed_texts([prompt])[0], row)
     monkeypatch.setattr("shortft.rewards.clip._CACHED_PROMPTS", 3)
     torch.testing.assert_close(clip.embed_texts([*PROMPTS, "fish"])[:4], first)
     assert len(clip._text_features) == 4  # the batch at hand; everything older is dropped

@@ -233,6 +233,38 @@ def test_what_saves_memory_is_what_a_resume_allows(settings, monkeypatch):
         assert f"{option}{'' if free else ' --allow-change'} (" in told
 
 
+def test_no_advice_is_given_that_would_not_help(settings):
+    config = Config(**settings)
+    assert "--accumulation 4" in savings(config)
+    assert "--accumulation 4" not in savings(config, 1)  # split on the way to single pictures
+    unguided = config.model_copy(update={"guidance_scale": 1.0})
+    assert "--guidance-grad positive" not in savings(unguided)
+
+
+def test_a_lack_of_memory_while_a_checkpoint_is_read_is_told_as_that(settings, monkeypatch):
+    config = Config(**{**settings, "updates": 1})
+    train(config)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("shortft.kept.set_state", full)
+    with pytest.raises(UserError, match="out of memory with 4 pictures at once"):
+        train(config.model_copy(update={"updates": 2}), resume=True)
+
+
+def test_a_run_within_its_models_directory_goes_on(settings, tmp_path: Path):
+    model = shutil.copytree(settings["model"], tmp_path / "own-model")
+    options = {"model": str(model), "output_dir": model / "runs" / "train", "updates": 1}
+    config = Config(**{**settings, **options})
+    train(config)
+    (model / "README.md").write_text("a note")
+    train(config.model_copy(update={"updates": 2}), resume=True)
+    (model / "scheduler" / "more.json").write_text("{}")
+    with pytest.raises(UserError, match="or a local model changed"):
+        train(config.model_copy(update={"updates": 3}), resume=True)
+
+
 def test_a_run_goes_on_with_another_optimizer(settings):
     """From the same weights, with moments that start anew."""
     config = Config(**{**settings, "updates": 1, "sample_every": 0})

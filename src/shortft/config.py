@@ -416,6 +416,18 @@ class Config(BaseModel):
                 f"--shortcut none: --method {self.method} tunes the few-step model; name its LoRA, "
                 "or 'plain' for the base itself in as many steps"
             )
+        unused = {
+            "none": ("shortcut_guidance_scale", "shortcut_scale"),
+            "plain": ("shortcut_scale",),
+        }
+        for name in unused.get(self.shortcut, ()):
+            if getattr(self, name) is not None:
+                raise _bad_value(
+                    name,
+                    getattr(self, name),
+                    f"--shortcut {self.shortcut} has no few-step LoRA that it could act on",
+                    "leave it out, or name a shortcut",
+                )
         options = read_options(self.method, self.method_options)
         if self.shortcut == "none" and options.get("jump") in ("shortcut", "half"):
             raise UserError(

@@ -32,8 +32,9 @@ class Cost:
     Attributes:
         call: of base and policy, with the chain's guidance.
         jump: of the shortcut, with its own guidance.
-        decode: seconds of decoding and scoring with gradient.
-        decode_bytes: activations that decoding and scoring keep.
+        decode: seconds of decoding and scoring the chain's ends with gradient.
+        decode_bytes: activations that decoding them keeps, all at once or, recomputed, of one.
+        score_bytes: those of scoring them, where they are not among the others.
         steps: calls of a whole rollout.
         anchored: whether calls that train run once more without LoRAs.
     """
@@ -44,10 +45,13 @@ class Cost:
     decode_bytes: int
     steps: int
     anchored: bool = False
+    score_bytes: int = 0
 
     def seconds(self, plan: Plan, *, recompute: bool) -> float:
         """Of one micro-batch."""
-        total = self.decode + self.call.forward * self.steps * plan.needs_rollout
+        total = (
+            self.decode * (1 + plan.renoise) + self.call.forward * self.steps * plan.needs_rollout
+        )
         for call, with_gradient in self._calls(plan):
             total += call.gradient if with_gradient else call.forward
             total += call.forward * (recompute and with_gradient)
@@ -56,9 +60,10 @@ class Cost:
     def activation_bytes(self, plan: Plan, *, recompute: bool) -> int:
         """Activations held at the peak of one micro-batch."""
         kept = [call.kept for call, with_gradient in self._calls(plan) if with_gradient]
+        ends = 1 + plan.renoise
         if recompute:  # the backward pass is done with the picture before it runs a call again
-            return max([*kept, self.decode_bytes])
-        return sum(kept) + self.decode_bytes
+            return max([*kept, self.decode_bytes, self.score_bytes * ends])
+        return sum(kept) + (self.decode_bytes + self.score_bytes) * ends
 
     def _calls(self, plan: Plan) -> Iterator[tuple[Call, bool]]:
         """Every network call of a plan, and whether it carries gradient."""

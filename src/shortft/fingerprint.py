@@ -14,6 +14,8 @@ from shortft.rewards.places import reward_places
 from shortft.rewards.spec import scorers
 
 ENDS = 1 << 16  # bytes of a large file's ends that are read
+# Of a model's directory, in which other things may lie: weights, configurations, tokenizers.
+PARTS = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
 
 
 def fingerprint(config: Config, prompts: Sequence[str], shortcut: Path | None) -> str:
@@ -29,19 +31,22 @@ def fingerprint(config: Config, prompts: Sequence[str], shortcut: Path | None) -
         models += [config.model, config.pipeline or "", config.decoder or ""]
     for model in models:
         if model and exists(model):
-            digest.update(outline(expand(Path(model))))
+            digest.update(outline(expand(Path(model)), config.output_dir))
     return digest.hexdigest()
 
 
-def outline(place: Path) -> bytes:
+def outline(place: Path, output_dir: Path) -> bytes:
     """Names and sizes of a model's files, and their first and last bytes: fast for any size.
 
-    Hidden ones, which tools keep beside a model, do not count.
+    What else lies there does not count: hidden files, which tools keep, and what a run writes.
     """
     digest = hashlib.sha256()
+    written = output_dir.resolve()
     for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
         inside = file.relative_to(place)
         if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if inside.parts and (file.suffix not in PARTS or file.resolve().is_relative_to(written)):
             continue
         size = file.stat().st_size
         digest.update(f"{inside} {size}\n".encode())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shortft.errors import UserError, traceback_file
+from shortft.out_of_memory import ran_out
 from shortft.rewards.combine import WeightedSum
 
 
@@ -33,15 +34,10 @@ def judge(
         try:
             with time_limit(seconds, f"--reward {part.name}"):
                 scores = reward.score(part, images, prompts)
-        except (UserError, MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"--reward {part.name}: raised {type(error).__name__}"
-                f"{': ' + reason[0] if reason else ''}; the whole traceback is in "
-                f"{traceback_file()}"
-            ) from error
+            if isinstance(error, UserError) or ran_out(error):
+                raise
+            raise failed(part.name, "raised", error) from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(
@@ -55,6 +51,37 @@ def judge(
             )
         parts[part.name] = scores
     return parts
+
+
+def pull(loss: Tensor, pixels: Tensor, name: str) -> Tensor:
+    """The gradient of a loss in the pixels (B, 3, H, W), and in nothing else.
+
+    A reward's own weights get none, frozen or not.
+
+    Raises:
+        UserError: naming the reward, if its backward pass fails or does not reach the pixels.
+    """
+    try:
+        (gradient,) = torch.autograd.grad(loss, pixels, allow_unused=True)
+    except Exception as error:
+        if isinstance(error, UserError) or ran_out(error):
+            raise
+        raise failed(name, "its backward pass raised", error) from error
+    if gradient is None:
+        raise UserError(
+            f"--reward {name}: no gradient reaches the pixels; compute the scores from them, "
+            "without detach"
+        )
+    return gradient
+
+
+def failed(name: str, what: str, error: Exception) -> UserError:
+    """Whose fault somebody else's error is; its traceback is kept by the run."""
+    reason = str(error).strip().splitlines()
+    return UserError(
+        f"--reward {name}: {what} {type(error).__name__}{': ' + reason[0] if reason else ''}; the "
+        f"whole traceback is in {traceback_file()}"
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shortft.errors import UserError
 from shortft.inputs import parse_yaml
 from shortft.methods import METHODS
 from shortft.optimizers import set_state, state_of
+from shortft.out_of_memory import advice, ran_out
 from shortft.paths import exists
 from shortft.trainer import Trainer
 
@@ -21,7 +23,12 @@ from shortft.trainer import Trainer
 MEASURED_BY = (
     "reward",
     "held_out",
-    "sample_from",
+    "reward_model",
+    "reward_precision",
+    "precision",
+    "decoder",
+    "seed",
+    "method_options",
     "sample_prompts",
     "sample_noises",
     "num_steps",
@@ -58,6 +65,7 @@ def keep(trainer: Trainer, log_bytes: int) -> None:
         "splits": trainer.splits,
         "cut_by": trainer.schedule.cut_by,
         "jumps_by": trainer.jumps_by,
+        "shown": shown(trainer),
     }
     save_checkpoint(
         trainer.config.output_dir / "checkpoints",
@@ -78,6 +86,8 @@ def restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool = False) 
     try:
         _restore(trainer, saved, allow_change=allow_change)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        if ran_out(error):
+            raise UserError(advice(trainer.config, trainer.micro_batch)) from error
         raise UserError(
             f"--resume: {saved.path} does not hold this run's state ({error}); start a new run "
             "in another --output-dir"
@@ -123,7 +133,12 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
                 set_state(trainer.optimizer, parameter, kept)
     trainer.average.restore(saved.tensors)
     now = config.model_dump(mode="json")
-    if all(before.get(name) == now[name] for name in MEASURED_BY):
+    measured_alike = (
+        all(before.get(name) == now[name] for name in MEASURED_BY)
+        and state["inputs"] == trainer.inputs
+        and state.get("shown") == shown(trainer)
+    )
+    if measured_alike:
         if "best_1" in saved.tensors:
             trainer.best = {n: saved.tensors[f"best_{n}"] for n in trainer.numbers}
         trainer.guard.restore(state.get("guard", {}))
@@ -138,6 +153,11 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
     share = splits * trainer.accelerator.num_processes
     if config.split_on_out_of_memory and splits > trainer.splits and not config.batch_size % share:
         trainer.splits = splits
+
+
+def shown(trainer: Trainer) -> str:
+    """SHA-256 of the prompts that evaluations draw from."""
+    return hashlib.sha256("\n".join(trainer.sample_prompts).encode()).hexdigest()
 
 
 def _words(jumps_by: Sequence[object] | None) -> str:

@@ -27,15 +27,20 @@ def ran_out(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text
 
 
-def savings(config: Config) -> dict[str, str]:
-    """Options that save memory and are not in use yet: what each saves."""
+def savings(config: Config, micro_batch: int | None = None) -> dict[str, str]:
+    """Options that save memory and are not in use yet: what each saves.
+
+    Args:
+        micro_batch: pictures that run at once; None = as the configuration says.
+    """
     ways = {}
     parts = config.batch_size // processes()  # as many as a process has pictures
+    at_once = micro_batch or parts // config.accumulation
     if not config.recompute:
         ways["--recompute"] = "activations of one call instead of all"
-    if config.guidance_grad == "both":
+    if config.guidance_grad == "both" and config.guidance_scale != 1:
         ways["--guidance-grad positive"] = "half of each call"
-    if config.accumulation < parts:
+    if at_once > 1:
         ways[f"--accumulation {parts}"] = "pictures one by one, same updates"
     if config.precision == "fp32" and devices()[0].bf16:
         ways["--precision bf16"] = "half"
@@ -59,7 +64,7 @@ def savings(config: Config) -> dict[str, str]:
 
 def advice(config: Config, micro_batch: int) -> str:
     """The message when memory ran out: which options save how much."""
-    ways = savings(config)
+    ways = savings(config, micro_batch)
     found = f"--batch-size {config.batch_size}: out of memory with {micro_batch} pictures at once; "
     kept = "nothing is lost, go on" if processes() == 1 else "go on from the last checkpoint"
     if not ways:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shortft.chain import run_chain
-from shortft.errors import Torn, UserError
+from shortft.errors import Torn
 from shortft.families.base import Conditioning, Family
-from shortft.judge import judge
+from shortft.judge import judge, pull
 from shortft.networks import ModelNetworks
 from shortft.out_of_memory import ran_out
 from shortft.plans import Plan
@@ -105,18 +105,11 @@ def train_step(
         # Backward in two parts: a reward's model is done before the chain's backward begins.
         pixels = images.detach().requires_grad_()
         with reward.at_work(pixels.device):
-            # A copy, since a reward may work in place.
-            parts = judge(reward, pixels.clone(), prompts, seconds=reward_seconds)
+            parts = judge(reward, pixels, prompts, seconds=reward_seconds)
             scores = reward.combine(parts)  # higher is better
             loss = -(scores * leap_weight(leaps, plan.leap_tau)).mean()
-            (loss / len(batches)).backward()
-        if pixels.grad is None:
-            raise UserError(
-                f"--reward {reward.name}: no gradient reaches the pixels; compute the scores from "
-                "them, without detach"
-            )
+            pulls: list[Tensor | None] = [pull(loss / len(batches), pixels, reward.name)]
         ends: list[Tensor] = [images]
-        pulls: list[Tensor | None] = [pixels.grad]
         measured = {"reward": scores, **parts}
         if anchor:
             measured["drift"] = torch.stack(drifts)

@@ -137,6 +137,11 @@ def blind(images, prompts):
 def in_place(images, prompts):
     return images.mul_(2).mean((1, 2, 3))
 
+def torn(images, prompts):
+    scores = images.sigmoid()
+    scores[:, 0] += 0.1
+    return scores.mean((1, 2, 3))
+
 def chance(images, prompts):
     return (images * torch.rand_like(images)).mean((1, 2, 3))
 """
@@ -183,6 +188,16 @@ def test_a_reward_whose_gradient_misses_the_pixels_is_named(settings, tmp_path: 
     with pytest.raises(UserError, match=r"own.py:blind: no gradient reaches the pixels"):
         Trainer(Config(**{**settings, "reward": f"{file}:blind"})).update()
     Trainer(Config(**{**settings, "reward": f"{file}:in_place"})).update()  # as it may
+
+
+def test_a_reward_whose_backward_pass_fails_is_named_and_the_run_can_go_on(settings, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(fault="pass"))
+    config = Config(**{**settings, "reward": f"{file}:torn"})
+    with pytest.raises(UserError, match=r"own.py:torn: its backward pass raised RuntimeError"):
+        train(config)
+    assert "modified by an inplace operation" in (config.output_dir / "error.txt").read_text()
+    assert any((config.output_dir / "checkpoints").iterdir())
 
 
 def test_a_reward_that_draws_random_numbers_goes_on_alike(settings, tmp_path: Path, monkeypatch):

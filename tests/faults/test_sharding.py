@@ -153,6 +153,35 @@ def test_the_launchers_answers_are_read(settings, monkeypatch):
         monkeypatch.delenv(f"ACCELERATE_USE_{name}")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", "--mixed_precision bf16 is not what --precision fp32 does"),
+        ("MIXED_PRECISION", "fp8", "--mixed_precision fp8 .*; use --precision bf16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps 4 is not"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "--dynamo_backend inductor is not supported"),
+    ],
+)
+def test_what_the_launcher_asks_for_is_not_passed_over(
+    settings, monkeypatch, variable: str, value: str, message: str
+):
+    config = config_of(settings)
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(UserError, match=message):
+        as_launched(config)
+
+
+def test_what_the_launcher_asks_for_and_the_run_does_passes(settings, monkeypatch):
+    for variable, value in (
+        ("MIXED_PRECISION", "bf16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "2"),
+        ("DYNAMO_BACKEND", "NO"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    config = config_of(settings, precision="bf16", accumulation=2)
+    assert as_launched(config).precision == "bf16"
+
+
 TELLING = """
 import os, pathlib
 from shortft.families import sharding

@@ -137,10 +137,12 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         call=_at(call, micro, speed),
         jump=_at(jump, micro, speed),
         decode=2 * picture.operations * micro / speed,
-        decode_bytes=max(decoding, scoring) if config.recompute else decoding + scoring,
+        decode_bytes=decoding,
+        score_bytes=scoring,
         steps=schedule.num_steps,
         anchored=config.anchor > 0,
     )
+    scoring *= 1 + max(plan.renoise for plan in stages)
     activations = max(cost.activation_bytes(plan, recompute=config.recompute) for plan in stages)
     width = 2 if config.precision == "bf16" else 4
     weights = parameters(family.denoiser) * width

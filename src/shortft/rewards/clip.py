@@ -114,15 +114,18 @@ class ClipReward:
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-length features (B, D) of prompts; each prompt is encoded only once."""
+        """Unit-length features (B, D) of prompts; each is encoded once, and by itself.
+
+        In a batch its last bits would depend on the others, and with them a resumed run's.
+        """
         new = [text for text in dict.fromkeys(prompts) if text not in self._text_features]
         if len(self._text_features) + len(new) > _CACHED_PROMPTS:
             self._text_features.clear()
             new = list(dict.fromkeys(prompts))
-        if new:
-            device = self.model.device
+        device = self.model.device
+        for text in new:
             tokens = self.tokenizer(
-                new,
+                [text],
                 padding=self._padding,
                 truncation=True,
                 max_length=self._max_tokens,
@@ -130,7 +133,7 @@ class ClipReward:
             ).to(device)
             with torch.autocast(device.type, enabled=False):
                 features = self.model.get_text_features(**tokens).pooler_output.float()
-            self._text_features.update(zip(new, F.normalize(features, dim=-1), strict=True))
+            self._text_features[text] = F.normalize(features[0], dim=-1)
         return torch.stack([self._text_features[text] for text in prompts])
 
 

@@ -57,7 +57,7 @@ class WeightedSum:
 
     def score(self, part: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """What one part returns, (B,) if it keeps its promise, on the pictures' own device."""
-        scores = part(images_BCHW.to(device=self.device), prompts)
+        scores = part(own_copy(images_BCHW, self.device), prompts)
         return scores.to(images_BCHW.device) if isinstance(scores, Tensor) else scores
 
     def combine(self, components: Mapping[str, Tensor]) -> Tensor:
@@ -76,9 +76,17 @@ class WeightedSum:
 
     def reports(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each part's `report` (B,), by the part's name."""
-        images = images_BCHW.to(device=self.device)
-        home = images_BCHW.device
-        return {part.name: part.report(images, prompts).to(home) for part, _ in self.parts}
+        return {
+            part.name: part.report(own_copy(images_BCHW, self.device), prompts).to(
+                images_BCHW.device
+            )
+            for part, _ in self.parts
+        }
+
+
+def own_copy(images: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Pictures that a reward may change in place without harm to who else looks at them."""
+    return images.to(device=device, copy=True)
 
 
 class Conservative:
@@ -105,7 +113,9 @@ class Conservative:
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), differentiable in the pixels."""
-        scores = torch.stack([weight * part(images_BCHW, prompts) for part, weight in self.members])
+        scores = torch.stack(
+            [weight * part(own_copy(images_BCHW), prompts) for part, weight in self.members]
+        )
         mean = scores.mean(0)
         # Where all agree the root has no slope; the small number makes it 0 there.
         spread = ((scores - mean).square().mean(0) + 1e-12).sqrt()
