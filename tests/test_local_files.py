@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import shortft.preflight.files
 from shortft.config import Config
 from shortft.errors import UserError
-from shortft.preflight.estimate import SMALL_FILES, check_room, disk_bytes
+from shortft.preflight.disk import SMALL_FILES, check_room, disk_bytes
 from shortft.preflight.files import check_local_files, problems
 from shortft.quiet import quiet
 from shortft.train import train

@@ -198,7 +198,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(machine, "hub_answers", lambda: True)
     monkeypatch.setattr(machine, "hub_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(machine, "devices", lambda: [GPU_24])
-    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e13)
+    monkeypatch.setattr(machine, "measure_speed", lambda device, precision: 1e13)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**12)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -294,7 +294,7 @@ def test_damaged_local_files_stand_in_the_way(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e13)
+    monkeypatch.setattr(machine, "measure_speed", lambda device, precision: 1e13)
     place = shutil.copytree(model, tmp_path / "model")
     hps = tmp_path / "HPS_v2_compressed.pt"
     torch.save({"a": torch.ones(1)}, hps)
@@ -442,7 +442,7 @@ def test_a_dry_run_warns_of_a_format_that_is_imitated(
 ):
     cpu = machine.Device("cpu", "a CPU", 24 * 2**30, bf16=knows)
     monkeypatch.setattr(machine, "devices", lambda: [cpu])
-    monkeypatch.setattr(dry_run, "measure_speed", lambda device, precision: 1e9)
+    monkeypatch.setattr(machine, "measure_speed", lambda device, precision: 1e9)
     for precision, warned in (("bf16", not knows), ("fp32", False), ("auto", False)):
         own = {"precision": precision, "output_dir": str(tmp_path / "run")}
         dry_run.dry_run(load_config(None, {**recipe("emoji"), **own}))

@@ -28,7 +28,7 @@ from shortft.memory import peak_memory_bytes
 from shortft.metrics_log import MetricsLog
 from shortft.out_of_memory import advised
 from shortft.precision import emulated, settled
-from shortft.preflight.estimate import check_room
+from shortft.preflight.disk import check_room
 from shortft.rewards import anchor_warning
 from shortft.rewards.places import parse_reward_models
 from shortft.seeds import given_back

@@ -22,7 +22,7 @@ from shortft.guard import Guard
 from shortft.inputs import read_prompts
 from shortft.judge import judge
 from shortft.launcher import check_split, processes
-from shortft.methods import METHODS, make_plan, placement_of
+from shortft.methods import METHODS
 from shortft.networks import ModelNetworks
 from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
@@ -31,6 +31,7 @@ from shortft.precision import settled
 from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
+from shortft.run_plans import lora_count, placement, plan_of, stage_count
 from shortft.sampling import check_segments, generate
 from shortft.schedule import Schedule
 from shortft.seeds import generator, sample_seed
@@ -40,7 +41,7 @@ from shortft.step import Batch, Outcome, train_step
 MAX_SKIPPED = 10
 MAX_FLAT = 3
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
-NOISE, PROMPTS, PICTURES, PLAN, OTHERS = 1, 2, 3, 6, 7  # places in the seed's name space
+NOISE, PROMPTS, PICTURES, OTHERS = 1, 2, 3, 7  # places in the seed's name space
 
 
 @dataclass
@@ -108,12 +109,10 @@ class Trainer:
         self.schedule: Schedule = self.family.schedule(config.num_steps)
         if method.uses_segments:
             check_segments(self.schedule, config.segments)
-        self.placement = placement_of(
-            config.method, config.method_options, timestep_lora=config.timestep_lora
-        )
+        self.placement = placement(config)
         parts = parts_for(self.placement, config.segments)
         self.inference = inference_plan(self.schedule, parts, self.placement)
-        self.stages = config.segments if method.by_segment else 1
+        self.stages = stage_count(config)
         for stage in range(1, self.stages + 1):
             if not self.plan(0, stage).grad_calls:
                 raise UserError(f"--method {config.method}: no step of its plan carries gradient")
@@ -131,7 +130,7 @@ class Trainer:
             shortcut_guidance=Guidance(
                 config.shortcut_guidance_scale or shortcut.guidance_scale, config.guidance_grad
             ),
-            loras=config.segments if self.placement in ("stacked", "segments") else 1,
+            loras=lora_count(config),
             rank=config.rank,
             seed=config.seed,
             shortcut=shortcut.path,
@@ -181,22 +180,7 @@ class Trainer:
         Raises:
             UserError: if the method's options do not fit the chain.
         """
-        config = self.config
-        try:
-            return make_plan(
-                config.method,
-                self.schedule,
-                config.segments,
-                stage,
-                generator(config.seed, PLAN, update),
-                config.method_options,
-                timestep_lora=config.timestep_lora,
-                shortcut=config.shortcut != "none",
-            )
-        except ValueError as error:
-            raise UserError(
-                f"--method {config.method}, --num-steps {config.num_steps}: {error}"
-            ) from error
+        return plan_of(self.config, self.schedule, update, stage)
 
     def stage(self) -> int:
         """1…k, from the share of the budget that is spent; a larger budget never goes back."""

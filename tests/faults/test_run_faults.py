@@ -21,7 +21,7 @@ from shortft.config import Config, to_yaml
 from shortft.errors import Stopped, Torn, UserError
 from shortft.lock import only_one
 from shortft.metrics_log import MetricsLog
-from shortft.preflight.estimate import disk_bytes
+from shortft.preflight.disk import disk_bytes
 from shortft.train import train
 from shortft.trainer import Trainer
 from test_train import everything, rows

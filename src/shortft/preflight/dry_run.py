@@ -18,7 +18,7 @@ from shortft.methods import METHODS
 from shortft.out_of_memory import savings
 from shortft.precision import emulated, settled
 from shortft.preflight import machine
-from shortft.preflight.estimate import GB, Estimate, estimate, measure_speed, run_seconds
+from shortft.preflight.estimate import GB, Estimate, estimate, run_seconds
 from shortft.preflight.files import problems
 from shortft.preflight.places import configurations, needed
 from shortft.redact import without_login
@@ -62,7 +62,7 @@ def dry_run(config: Config, *, resume: bool = False) -> None:
         )
         checks.append(Check("memory", text))
     else:
-        speed = measure_speed(device.kind, config.precision)
+        speed = machine.measure_speed(device.kind, config.precision)
         found = estimate(config, folder, gpu=device.kind == "cuda", speed=speed)
         checks += [check_memory(config, found, device), check_disk(config, found)]
         draw(console, config, found)

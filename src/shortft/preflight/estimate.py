@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,23 +19,26 @@ from shortft.cost import Call, Cost, Kept
 from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
-from shortft.methods import METHODS, make_plan, placement_of
+from shortft.methods import METHODS
 from shortft.plans import Plan, inference_plan, parts_for, stage_bounds
 from shortft.precision import settled
+from shortft.preflight.disk import disk_bytes
 from shortft.preflight.outline import (
+    adapted_layers,
     as_if_real,
     blank_prompt,
     empty_family,
     encoder_parameters,
-    outline,
+    linear_parameters,
+    lora_layers,
+    lora_numbers,
     parameters,
 )
 from shortft.preflight.places import specs
 from shortft.rewards.spec import scorers
+from shortft.run_plans import placement, plan_of, stage_count
 from shortft.schedule import Schedule
-from shortft.seeds import generator
 from shortft.shortcuts import BASE_JUMPS, known_guidance
-from shortft.space import check_space, size_of
 
 # Parameters in millions, and GB of activations per picture, of reward models in fp32, which is how
 # training runs them, counted on empty models of the same configuration (ImageReward: about).
@@ -49,7 +51,6 @@ REWARD_MODELS = {
     "aesthetic": (428.5, 0.36),
 }
 GB = 10**9
-SMALL_FILES = 50_000_000  # bytes for pictures, logs and curves
 ON_TOP = 1.2  # fragments, kernels' workspace, norms that a GPU runs in fp32
 FIXED = 1 * GB  # CUDA's context and libraries, or Python's
 
@@ -102,20 +103,7 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         gpu=gpu,
     )
     schedule = family.schedule(config.num_steps)
-    by_segment = METHODS[config.method].by_segment
-    stages = [
-        make_plan(
-            config.method,
-            schedule,
-            config.segments,
-            stage,
-            generator(config.seed, 6, 0),
-            config.method_options,
-            timestep_lora=config.timestep_lora,
-            shortcut=config.shortcut != "none",
-        )
-        for stage in range(1, (config.segments if by_segment else 1) + 1)
-    ]
+    stages = [plan_of(config, schedule, 0, stage) for stage in range(1, stage_count(config) + 1)]
     scale = config.guidance_scale
     guidance = Guidance(
         family.default_guidance_scale if scale is None else scale, config.guidance_grad
@@ -219,11 +207,6 @@ def shortcut_guidance(config: Config) -> float:
     return known_guidance(config.model, config.shortcut, config.segments, own)
 
 
-def linear_parameters(network: nn.Module) -> int:
-    """Numbers in the weights that processes may share out, see `families.sharding`."""
-    return sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear)
-
-
 def merged_numbers(
     config: Config, family: PipelineFamily, schedule: Schedule, stages: Sequence[Plan]
 ) -> int:
@@ -233,12 +216,10 @@ def merged_numbers(
     """
     if not config.merge:
         return 0
-    placement = placement_of(
-        config.method, config.method_options, timestep_lora=config.timestep_lora
-    )
     plans = list(stages)
     if config.sample_every or config.sample_times or any(p.needs_rollout for p in plans):
-        plans.append(inference_plan(schedule, parts_for(placement, config.segments), placement))
+        where = placement(config)
+        plans.append(inference_plan(schedule, parts_for(where, config.segments), where))
     steps = [step for plan in plans for step in plan.steps]
     frozen = {(s.net, s.adapters) for s in steps if s.adapters and not s.trains}
     jumps = config.shortcut not in BASE_JUMPS and any(s.net == "shortcut" for s in steps)
@@ -246,68 +227,6 @@ def merged_numbers(
     return sum(layer.weight.numel() for layer in lora_layers(family)) * len(frozen) + sum(
         layer.weight.numel() for layer in tuned
     )
-
-
-def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
-    """The layers that reward LoRAs change."""
-    return [
-        layer
-        for layer in adapted_layers(family, family.lora_targets)
-        if isinstance(layer, nn.Linear)
-    ]
-
-
-def adapted_layers(family: PipelineFamily, targets: Sequence[str]) -> list[nn.Linear | nn.Conv2d]:
-    """The denoiser's layers of these names."""
-    ends = tuple(f".{target}" for target in targets)
-    return [
-        layer
-        for name, layer in family.denoiser.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and f".{name}".endswith(ends)
-    ]
-
-
-def lora_numbers(config: Config, family: PipelineFamily) -> int:
-    """Numbers in all reward LoRAs of a run."""
-    placement = placement_of(
-        config.method, config.method_options, timestep_lora=config.timestep_lora
-    )
-    sides = sum(layer.in_features + layer.out_features for layer in lora_layers(family))
-    loras = config.segments if placement in ("stacked", "segments") else 1
-    return config.rank * sides * loras
-
-
-def disk_bytes(config: Config, numbers: int) -> int:
-    """What a run will write beside the checkpoints and adapters that are there.
-
-    Args:
-        numbers: see `lora_numbers`.
-    """
-    watched = bool(config.sample_every or config.sample_times)
-    # Weights, two moments, an average and the best weights, in fp32.
-    checkpoint = 4 * numbers * (3 + bool(config.ema) + watched)
-    # One more than is kept, while it is written; two adapters, of which one twice.
-    whole = checkpoint * (config.keep_checkpoints + 1) + 3 * 4 * numbers
-    there = sum(size_of(config.output_dir / name) for name in ("checkpoints", "adapter", "best"))
-    return max(whole - there, checkpoint) + SMALL_FILES
-
-
-def check_room(config: Config, numbers: int | None = None) -> None:
-    """Whether a run's checkpoints and adapters fit on the disk.
-
-    Args:
-        numbers: see `lora_numbers`; None = where the model's outline is known, counted on it.
-
-    Raises:
-        UserError: if not.
-    """
-    if numbers is None:
-        family = outline(config)
-        numbers = lora_numbers(config, family) if family is not None else None
-    if numbers is not None:
-        needed = disk_bytes(config, numbers)
-        what = "the run's checkpoints and adapters"
-        check_space(config.output_dir, needed, what, "lower --keep-checkpoints, ")
 
 
 def _counted(
@@ -334,20 +253,3 @@ def _counted(
                 _ = action(torch.empty(1, *family._latent_shape, requires_grad=True))
             counted.append(Counted(kept.total, counter.get_total_flops()))
     return counted
-
-
-def measure_speed(device: str, precision: str) -> float:
-    """Operations per second of networks here: half of what one matrix product reaches."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    side = 8192 if device == "cuda" else 1024
-    a = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):  # the first one warms up
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.monotonic()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.monotonic() - began)
-    return side**3 / best  # a product takes twice as many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from shortft.families.base import Conditioning
 from shortft.families.pipeline import PipelineFamily
 from shortft.preflight.places import configurations
 from shortft.quiet import quiet
+from shortft.run_plans import lora_count
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -128,6 +129,36 @@ def encoder_parameters(folder: Path) -> int:
 
 def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def linear_parameters(network: nn.Module) -> int:
+    """Numbers in the weights that processes may share out, see `families.sharding`."""
+    return sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear)
+
+
+def lora_layers(family: PipelineFamily) -> list[nn.Linear]:
+    """The layers that reward LoRAs change."""
+    return [
+        layer
+        for layer in adapted_layers(family, family.lora_targets)
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def adapted_layers(family: PipelineFamily, targets: Sequence[str]) -> list[nn.Linear | nn.Conv2d]:
+    """The denoiser's layers of these names."""
+    ends = tuple(f".{target}" for target in targets)
+    return [
+        layer
+        for name, layer in family.denoiser.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and f".{name}".endswith(ends)
+    ]
+
+
+def lora_numbers(config: Config, family: PipelineFamily) -> int:
+    """Numbers in all reward LoRAs of a run."""
+    sides = sum(layer.in_features + layer.out_features for layer in lora_layers(family))
+    return config.rank * sides * lora_count(config)
 
 
 def blank_prompt(family: PipelineFamily) -> Conditioning:
