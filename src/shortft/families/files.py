@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 
 from shortft.errors import UserError
@@ -30,6 +35,7 @@ UNREADABLE = (
     SafetensorError,
     SingleFileComponentError,
 )
+GATED = "it is gated: accept its licence on the hub, and log in by `hf auth login`"
 
 
 def load_pipeline(
@@ -128,11 +134,21 @@ def latent_side(
 def first_line(error: BaseException) -> str:
     """An error's first line, for use inside another message.
 
-    Libraries say of a hub that does not answer that it lacks a file; this says what is the matter.
+    Libraries say of a hub that does not answer that it lacks a file, and of a model behind a login
+    that there is none; this says what is the matter.
     """
+    causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, LocalEntryNotFoundError):
-            return "the hub cannot be reached, and its cache on this machine has no copy"
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    refusals = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
+    if any(isinstance(cause, GatedRepoError) for cause in refusals):  # a RepositoryNotFoundError
+        return GATED
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in refusals):
+        return "the hub shows none of this name: misspelt, or private; log in by `hf auth login`"
+    if any(cause.response.status_code in (401, 403) for cause in refusals):
+        return "the hub refuses this machine's token; log in again by `hf auth login`"
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return "the hub cannot be reached, and its cache on this machine has no copy"
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
