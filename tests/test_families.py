@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from shortft.chain import run_chain
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families import load_family
-from shortft.families.base import Guidance
+from shortft.families.base import Conditioning, Guidance
 from shortft.families.flux import from_tokens, to_tokens
+from shortft.families.text import BATCH, KnownPrompts, with_empty
 from shortft.methods.shortft import shortft_plan
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters, lora_state, view
 from shortft.plans import Plan, base_plan, inference_plan
@@ -240,6 +244,29 @@ def test_conditioning_rows_dtype_and_text_encoders_that_left(models: dict[str, P
     assert dtypes == {torch.bfloat16}
     with pytest.raises(UserError, match="prompt 'pizza': not encoded before"):
         family.encode(["pizza"])
+
+
+def test_prompts_encoded_ahead_leave_the_device_part_by_part():
+    """And the empty prompt's embeddings, the same for all, are there once."""
+    parts: list[weakref.ref[Conditioning]] = []
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        gc.collect()
+        assert all(part() is None for part in parts)
+        states = torch.randn(len(prompts) + 1, 7, 4)
+        cond = with_empty(states, states[:, 0])
+        parts.append(weakref.ref(cond))
+        return cond
+
+    prompts = [f"prompt {i}" for i in range(4 * BATCH)]
+    known = KnownPrompts(encode, prompts, torch.device("cpu"))
+    assert len(parts) == 4
+    cond = known(prompts)
+    assert cond.positive.shape == cond.negative.shape == (len(prompts), 7, 4)
+    for empty in (cond.negative, cond.negative_pooled):
+        assert empty is not None
+        assert empty.untyped_storage().nbytes() == empty[0].nbytes
+    assert cond.positive.untyped_storage().nbytes() == cond.positive.nbytes
 
 
 # Decoding

@@ -155,7 +155,7 @@ class PipelineFamily:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of the prompts, and what else the family's network is told of them."""
         if self._known is not None:
-            return self._known(prompts).to(self.device)
+            return self._known(prompts)
         return self._encode(prompts)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -163,7 +163,7 @@ class PipelineFamily:
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """Encode these prompts, keep them in main memory, and let the text encoders go."""
-        self._known = KnownPrompts(self.encode, prompts)
+        self._known = KnownPrompts(self.encode, prompts, self.device)
         self._text = None
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
