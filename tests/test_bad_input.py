@@ -22,9 +22,12 @@ import shortft.families
 import shortft.trainer
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
+from shortft.config import load_config
+from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.inputs import read_prompts
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_state, view
+from shortft.preflight.dry_run import dry_run
 from test_lora_files import FAMILIES
 from tiny import tiny_family
 
@@ -158,7 +161,7 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     lying = shutil.copytree(model, tmp_path / "lying")
     index = json.loads((lying / "model_index.json").read_text())
     for name, message in (
-        ("StableDiffusion3Pipeline", "cannot be loaded as a StableDiffusion3Pipeline"),
+        ("StableDiffusion3Pipeline", "(the scheduler DDIMScheduler is not supported)"),
         ("KandinskyPipeline", "is a KandinskyPipeline; supported are"),
     ):
         (lying / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
@@ -171,7 +174,9 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     betas = {**json.loads(scheduler.read_text()), "rescale_betas_zero_snr": True}
     scheduler.write_text(json.dumps(betas))
     message = told(*train(lying, out, "--shortcut", "none"))
-    assert f"--model {lying}, --num-steps 8: schedulers with rescaled" in message
+    assert f"--model {lying}: its DDIMScheduler cannot be used (schedulers with resc" in message
+    with pytest.raises(UserError, match=f"--model {lying}, .*: schedulers with rescaled"):
+        dry_run(load_config(None, {"model": str(lying), "shortcut": "none"}))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert f"--model {empty}: no model there" in told(*train(empty, out, "--shortcut", "none"))

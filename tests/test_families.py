@@ -614,6 +614,29 @@ def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
         load_family(str(damaged))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "reason"),
+    [
+        ("sd", {"rescale_betas_zero_snr": True}, "rescaled or custom betas"),
+        ("sd", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+        ("sdxl", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule 'squaredcos_cap_v2'"),
+        ("sd3", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+        ("flux", {"shift_terminal": 0.1}, "shift_terminal is not supported"),
+        ("flux2", {"invert_sigmas": True}, "invert_sigmas is not supported"),
+    ],
+)
+def test_schedulers_are_refused_before_weights_are_read(
+    models: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], reason: str
+):
+    model = shutil.copytree(models[name], tmp_path / "model")
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(UserError, match=f"--model {model}: its .*Scheduler cannot be .*{reason}"):
+        load_family(str(model), device="cpu")
+
+
 def test_a_repository_with_half_precision_weights_only(tmp_path: Path):
     pipe = tiny("sd")
     with quiet():

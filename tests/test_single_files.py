@@ -192,6 +192,29 @@ def test_weights_with_scales_beside_them_are_refused(tmp_path: Path, key: str):
     assert [role for role, _ in problems(Config(model=str(file), shortcut="none"))] == ["model"]
 
 
+def test_files_that_say_what_they_predict(tmp_path: Path):
+    """By the keys that ComfyUI goes by; the scheduler must say the same."""
+    pipe = tiny("sd")
+    written(pipe, tmp_path, single_files.write_sd)
+    layout, marked = tmp_path / "layout", tmp_path / "marked.safetensors"
+    state = load_file(tmp_path / "model.safetensors")
+
+    def load_marked(*keys: str) -> Any:
+        save_file(state | {key: torch.tensor([]) for key in keys}, marked)
+        return load_family(str(marked), pipeline=str(layout), device="cpu")
+
+    said = "its key v_pred says .* scheduler of .*layout says epsilon; give --pipeline a config"
+    with pytest.raises(UserError, match=said):
+        load_marked("v_pred")
+    scheduler = layout / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
+    assert load_marked("v_pred").schedule(4).prediction_type == "v_prediction"
+    for key, noise in {"ztsnr": "of zero terminal SNR", "edm_vpred.sigma_max": "EDM's"}.items():
+        with pytest.raises(UserError, match=f"its key {key} says that it was trained on .*{noise}"):
+            load_marked("v_pred", key)
+
+
 def test_places_that_are_wrong(tmp_path: Path):
     save_file({"some.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     file = str(tmp_path / "model.safetensors")
