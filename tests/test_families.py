@@ -637,6 +637,37 @@ def test_schedulers_are_refused_before_weights_are_read(
         load_family(str(model), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "method"),
+    [("sd3", "text_encoder_3", "bitsandbytes"), ("flux", "transformer", "gguf")],
+)
+def test_quantised_parts_are_refused_before_weights_are_read(
+    models: dict[str, Path], tmp_path: Path, name: str, part: str, method: str
+):
+    model = shutil.copytree(models[name], tmp_path / "model")
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    file = model / part / "config.json"
+    quantised = {"load_in_4bit": True, "quant_method": method}
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": quantised}))
+    said = rf"--model {model}: its {part} is quantised \({method}\), which is not supported; give"
+    with pytest.raises(UserError, match=said):
+        load_family(str(model), device="cpu")
+
+
+def test_a_library_that_is_missing_is_said_in_one_line(models, tmp_path: Path, monkeypatch):
+    """As T5's tokenizer needs one for files of an older kind."""
+
+    def without(*args: object, **options: object) -> None:
+        raise ImportError("\nT5Tokenizer requires the SentencePiece library\nmore")
+
+    monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", without)
+    said = r"StableDiffusion3Pipeline \(T5Tokenizer requires the SentencePiece library\); give"
+    with pytest.raises(UserError, match=said):
+        load_family(str(models["sd3"]), device="cpu")
+
+
 def test_a_repository_with_half_precision_weights_only(tmp_path: Path):
     pipe = tiny("sd")
     with quiet():

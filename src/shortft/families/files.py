@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -32,9 +33,11 @@ UNREADABLE = (
     RuntimeError,
     LookupError,
     AttributeError,
+    ImportError,  # of a library that a part needs
     SafetensorError,
     SingleFileComponentError,
 )
+NETWORKS = ("unet", "transformer", "vae", "text_encoder")  # how a pipeline's parts are called
 GATED = "it is gated: accept its licence on the hub, and log in by `hf auth login`"
 
 
@@ -59,10 +62,13 @@ def load_pipeline(
     """
     try:
         with quiet():
-            if source.file is not None:
-                return load_single_file(pipeline_class, source, prefixes, dtype=dtype, **options)
             place, revision = source.pipeline, source.revision
             index = pipeline_class.load_config(place, revision=revision)
+            for name, part in index.items():
+                if name.startswith(NETWORKS) and part[1] is not None and name not in options:
+                    _refuse_quantised(source, name)
+            if source.file is not None:
+                return load_single_file(pipeline_class, source, prefixes, dtype=dtype, **options)
             # Parts that were left out when the model was saved, such as SD3's T5.
             absent = {name: None for name, part in index.items() if part == [None, None]}
             read = functools.partial(
@@ -91,6 +97,21 @@ def load_pipeline(
             f"--model {source.name}: cannot be loaded as a {pipeline_class.__name__} "
             f"({reason}); {remedy}"
         ) from error
+
+
+def _refuse_quantised(source: Source, part: str) -> None:
+    """Whether a part's weights are numbers, by its ``config.json``."""
+    config: Any = {}
+    with contextlib.suppress(OSError):  # loading will say what is wrong
+        config = AutoencoderKL.load_config(
+            source.pipeline, subfolder=part, revision=source.revision
+        )
+    method = config.get("quantization_config")
+    if method:
+        raise UserError(
+            f"--model {source.name}: its {part} is quantised ({method.get('quant_method')}), which "
+            "is not supported; give the model that it was made from"
+        )
 
 
 def own_defaults(source: Source) -> dict[str, Any]:

@@ -57,4 +57,6 @@ def check_scheduler(
     except (KeyError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         remedy = "give another model" if source.file is None else "give --pipeline another one"
-        raise UserError(f"{name}: its {kind.__name__} cannot be used ({reason}); {remedy}") from error
+        raise UserError(
+            f"{name}: its {kind.__name__} cannot be used ({reason}); {remedy}"
+        ) from error
