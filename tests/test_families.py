@@ -348,6 +348,54 @@ def test_decoders_that_are_none(models: dict[str, Path], tmp_path: Path):
         Config(decoder="nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("sd", {"scaling_factor": 0.13025}, "scale 0.13025, .* has 0.18215"),
+        ("sdxl", {"scaling_factor": 0.18215}, "scale 0.18215, .* has 0.13025"),
+        ("flux", {"shift_factor": 0.0609}, "shift 0.0609, .* has 0.1159"),
+        ("sd3", {"shift_factor": None}, "shift 0, .* has 0.0609"),
+        ("sd", None, "4 pixels a side, .* has 2; give a decoder of the same family"),
+    ],
+)
+def test_decoders_of_other_latents_are_refused(
+    models: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    changed: dict[str, float | None] | None,
+    said: str,
+):
+    """The latents of SD and SDXL, and of SD3 and FLUX, have as many channels as one another."""
+    if changed is None:
+        AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        ).save_pretrained(tmp_path / "vae")
+    else:
+        config = shutil.copytree(models[name] / "vae", tmp_path / "vae") / "config.json"
+        load_family(str(models[name]), device="cpu", decoder=str(config.parent))
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    with pytest.raises(UserError, match=f"--decoder .*: is made for latents of {said}"):
+        load_family(str(models[name]), device="cpu", decoder=str(tmp_path / "vae"))
+
+
+def test_published_small_decoders_go_with_their_own_family(models: dict[str, Path]):
+    """Their configurations are alike."""
+    for name, decoder, right in (
+        ("sdxl", "madebyollin/taesd", "madebyollin/taesdxl"),
+        ("sd", "madebyollin/taesdxl@v1", "madebyollin/taesd"),
+        ("sd3", "madebyollin/taef1", "madebyollin/taesd3"),
+        ("flux", "somewhere/taesd3", "madebyollin/taef1"),
+    ):
+        said = f"--decoder {decoder}: tae.* of .*, a model of {name}; give {right}$"
+        with pytest.raises(UserError, match=said):
+            load_family(str(models[name]), device="cpu", decoder=decoder)
+        with pytest.raises(UserError, match=f"--decoder {right}: cannot be loaded .the hub cannot"):
+            load_family(str(models[name]), device="cpu", decoder=right)
+
+
 # Training
 
 

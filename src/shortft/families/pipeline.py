@@ -124,7 +124,7 @@ class PipelineFamily:
         dtype = torch.bfloat16 if half else torch.float32
         options = dict(cls.load_options)
         if decoder is not None:
-            options["vae"] = load_decoder(decoder, source, cls.decoders)
+            options["vae"] = load_decoder(decoder, source, cls.name, cls.decoders)
         pipeline = cls.open(source, dtype, **options)
         own = own_defaults(source)
         family = cls(
