@@ -6,7 +6,9 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ import shortft.families
 import shortft.trainer
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
+from shortft.config import load_config
+from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.inputs import read_prompts
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_state, view
+from shortft.preflight.dry_run import dry_run
 from test_lora_files import FAMILIES
 from tiny import tiny_family
 
@@ -156,7 +161,7 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     lying = shutil.copytree(model, tmp_path / "lying")
     index = json.loads((lying / "model_index.json").read_text())
     for name, message in (
-        ("StableDiffusion3Pipeline", "cannot be loaded as a StableDiffusion3Pipeline"),
+        ("StableDiffusion3Pipeline", "(the scheduler DDIMScheduler is not supported)"),
         ("KandinskyPipeline", "is a KandinskyPipeline; supported are"),
     ):
         (lying / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
@@ -169,7 +174,9 @@ def test_models_that_are_damaged_or_of_another_kind(told: Told, model: Path, tmp
     betas = {**json.loads(scheduler.read_text()), "rescale_betas_zero_snr": True}
     scheduler.write_text(json.dumps(betas))
     message = told(*train(lying, out, "--shortcut", "none"))
-    assert f"--model {lying}, --num-steps 8: schedulers with rescaled" in message
+    assert f"--model {lying}: its DDIMScheduler cannot be used (schedulers with resc" in message
+    with pytest.raises(UserError, match=f"--model {lying}, .*: schedulers with rescaled"):
+        dry_run(load_config(None, {"model": str(lying), "shortcut": "none"}))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert f"--model {empty}: no model there" in told(*train(empty, out, "--shortcut", "none"))
@@ -310,6 +317,52 @@ def test_a_reward_that_cannot_be_read_leaves_an_earlier_run_alone(
     command = train(model, out, "--shortcut", "none", *options, "--updates", 2, "--allow-change")
     assert "not open_clip's ViT-H-14" in told(*command)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """The hub, as it answers whoever is not logged in, or wrongly."""
+
+    def do_HEAD(self):
+        codes = {"gated": "GatedRepo", "secret": "RepoNotFound"}
+        code = next((code for name, code in codes.items() if name in self.path), None)
+        self.send_response(401)
+        self.send_header("X-Error-Code" if code else "X-Error-Message", code or "Invalid token")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_what_the_hub_refuses_is_not_called_absent(told: Told, tmp_path: Path, monkeypatch):
+    """The libraries say of a gated model that it is no valid identifier."""
+    token = "hf_" + "x" * 34
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    save_file({"some.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    refused = {
+        "owner/gated": "--model owner/gated: it is gated: accept its licence on the hub, and log",
+        "owner/secret": "no model there (the hub shows none of this name: misspelt, or private",
+        "owner/open": "no model there (the hub refuses this machine's token; log in again",
+    }
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            place + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        options = ("--prompt", "x", "--output-dir", tmp_path / "s")
+        for model, message in refused.items():
+            said = told("sample", "--model", model, *options)
+            assert message in said
+            assert token not in said
+        file = tmp_path / "a.safetensors"
+        said = told("sample", "--model", file, "--pipeline", "owner/gated", *options)
+        assert "cannot be found in owner/gated (it is gated: accept its licence" in said
+        server.shutdown()
 
 
 def test_a_hub_out_of_reach_is_called_that(told: Told, tmp_path: Path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from shortft.chain import run_chain
 from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families import load_family
-from shortft.families.base import Guidance
+from shortft.families.base import Conditioning, Guidance
 from shortft.families.flux import from_tokens, to_tokens
+from shortft.families.text import BATCH, KnownPrompts, with_empty
 from shortft.methods.shortft import shortft_plan
 from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters, lora_state, view
 from shortft.plans import Plan, base_plan, inference_plan
@@ -242,6 +246,29 @@ def test_conditioning_rows_dtype_and_text_encoders_that_left(models: dict[str, P
         family.encode(["pizza"])
 
 
+def test_prompts_encoded_ahead_leave_the_device_part_by_part():
+    """And the empty prompt's embeddings, the same for all, are there once."""
+    parts: list[weakref.ref[Conditioning]] = []
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        gc.collect()
+        assert all(part() is None for part in parts)
+        states = torch.randn(len(prompts) + 1, 7, 4)
+        cond = with_empty(states, states[:, 0])
+        parts.append(weakref.ref(cond))
+        return cond
+
+    prompts = [f"prompt {i}" for i in range(4 * BATCH)]
+    known = KnownPrompts(encode, prompts, torch.device("cpu"))
+    assert len(parts) == 4
+    cond = known(prompts)
+    assert cond.positive.shape == cond.negative.shape == (len(prompts), 7, 4)
+    for empty in (cond.negative, cond.negative_pooled):
+        assert empty is not None
+        assert empty.untyped_storage().nbytes() == empty[0].nbytes
+    assert cond.positive.untyped_storage().nbytes() == cond.positive.nbytes
+
+
 # Decoding
 
 
@@ -319,6 +346,54 @@ def test_decoders_that_are_none(models: dict[str, Path], tmp_path: Path):
         load_family(str(models["sd"]), device="cpu", decoder=str(tmp_path))
     with pytest.raises(UserError, match="--decoder nowhere: no such model; give a directory or"):
         Config(decoder="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("sd", {"scaling_factor": 0.13025}, "scale 0.13025, .* has 0.18215"),
+        ("sdxl", {"scaling_factor": 0.18215}, "scale 0.18215, .* has 0.13025"),
+        ("flux", {"shift_factor": 0.0609}, "shift 0.0609, .* has 0.1159"),
+        ("sd3", {"shift_factor": None}, "shift 0, .* has 0.0609"),
+        ("sd", None, "4 pixels a side, .* has 2; give a decoder of the same family"),
+    ],
+)
+def test_decoders_of_other_latents_are_refused(
+    models: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    changed: dict[str, float | None] | None,
+    said: str,
+):
+    """The latents of SD and SDXL, and of SD3 and FLUX, have as many channels as one another."""
+    if changed is None:
+        AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        ).save_pretrained(tmp_path / "vae")
+    else:
+        config = shutil.copytree(models[name] / "vae", tmp_path / "vae") / "config.json"
+        load_family(str(models[name]), device="cpu", decoder=str(config.parent))
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    with pytest.raises(UserError, match=f"--decoder .*: is made for latents of {said}"):
+        load_family(str(models[name]), device="cpu", decoder=str(tmp_path / "vae"))
+
+
+def test_published_small_decoders_go_with_their_own_family(models: dict[str, Path]):
+    """Their configurations are alike."""
+    for name, decoder, right in (
+        ("sdxl", "madebyollin/taesd", "madebyollin/taesdxl"),
+        ("sd", "madebyollin/taesdxl@v1", "madebyollin/taesd"),
+        ("sd3", "madebyollin/taef1", "madebyollin/taesd3"),
+        ("flux", "somewhere/taesd3", "madebyollin/taef1"),
+    ):
+        said = f"--decoder {decoder}: tae.* of .*, a model of {name}; give {right}$"
+        with pytest.raises(UserError, match=said):
+            load_family(str(models[name]), device="cpu", decoder=decoder)
+        with pytest.raises(UserError, match=f"--decoder {right}: cannot be loaded .the hub cannot"):
+            load_family(str(models[name]), device="cpu", decoder=right)
 
 
 # Training
@@ -585,6 +660,60 @@ def test_models_of_no_known_family(models: dict[str, Path], tmp_path: Path):
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded as a StableDiffusionXLPipeline"):
         load_family(str(damaged))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "reason"),
+    [
+        ("sd", {"rescale_betas_zero_snr": True}, "rescaled or custom betas"),
+        ("sd", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+        ("sdxl", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule 'squaredcos_cap_v2'"),
+        ("sd3", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+        ("flux", {"shift_terminal": 0.1}, "shift_terminal is not supported"),
+        ("flux2", {"invert_sigmas": True}, "invert_sigmas is not supported"),
+    ],
+)
+def test_schedulers_are_refused_before_weights_are_read(
+    models: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], reason: str
+):
+    model = shutil.copytree(models[name], tmp_path / "model")
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(UserError, match=f"--model {model}: its .*Scheduler cannot be .*{reason}"):
+        load_family(str(model), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "method"),
+    [("sd3", "text_encoder_3", "bitsandbytes"), ("flux", "transformer", "gguf")],
+)
+def test_quantised_parts_are_refused_before_weights_are_read(
+    models: dict[str, Path], tmp_path: Path, name: str, part: str, method: str
+):
+    model = shutil.copytree(models[name], tmp_path / "model")
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    file = model / part / "config.json"
+    quantised = {"load_in_4bit": True, "quant_method": method}
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": quantised}))
+    said = rf"--model {model}: its {part} is quantised \({method}\), which is not supported; give"
+    with pytest.raises(UserError, match=said):
+        load_family(str(model), device="cpu")
+
+
+def test_a_library_that_is_missing_is_said_in_one_line(models, tmp_path: Path, monkeypatch):
+    """As T5's tokenizer needs one for files of an older kind."""
+
+    def without(*args: object, **options: object) -> None:
+        raise ImportError("\nT5Tokenizer requires the SentencePiece library\nmore")
+
+    monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", without)
+    said = r"StableDiffusion3Pipeline \(T5Tokenizer requires the SentencePiece library\); give"
+    with pytest.raises(UserError, match=said):
+        load_family(str(models["sd3"]), device="cpu")
 
 
 def test_a_repository_with_half_precision_weights_only(tmp_path: Path):

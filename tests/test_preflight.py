@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shortft.assets import EMBEDDED, asset
 from shortft.cli import main
@@ -366,6 +367,23 @@ def test_a_shortcut_that_the_method_does_not_use_is_said_to_be_so(shortcut: Path
     assert said.problem is None
     usual = dry_run.check_places(load_config(None, other))
     assert all(check.what != "shortcut" for check in usual)
+
+
+def test_what_a_single_file_is_taken_for_is_said(tmp_path: Path):
+    """SD 2 and SD 2-base have one layout; their configurations differ in prediction and size."""
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    file = tmp_path / "sd2.safetensors"
+    save_file({key: torch.zeros(1, 1024)}, file)
+    model = {"model": str(file), "shortcut": "none"}
+    (said,) = [c for c in dry_run.check_places(load_config(None, model)) if c.what == "pipeline"]
+    assert said.found.startswith("stabilityai/stable-diffusion-2-1, as diffusers takes the file")
+    assert said.found.endswith("predicts v at 768 pixels, models of 2-base need their own")
+    assert said.problem is None
+    named = load_config(None, model | {"pipeline": "owner/name"})
+    (said,) = [c for c in dry_run.check_places(named) if c.what == "pipeline"]
+    assert said.found.startswith("owner/name, ")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert all(c.what != "pipeline" for c in dry_run.check_places(load_config(None, model)))
 
 
 def test_whether_the_hub_answers(monkeypatch: pytest.MonkeyPatch):

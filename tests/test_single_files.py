@@ -21,6 +21,7 @@ from shortft.config import Config
 from shortft.errors import UserError
 from shortft.families import load_family, open_pipeline
 from shortft.families.source import find_source
+from shortft.preflight.files import problems
 from shortft.preflight.places import configurations
 from shortft.quiet import quiet
 from tiny import save_tiny
@@ -170,6 +171,48 @@ def test_files_that_do_not_fit(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"cannot be read .* cut off, download it again"):
         load(layout, file)
+
+
+@pytest.mark.parametrize("key", ["model.diffusion_model.out.2.weight_scale", "scaled_fp8"])
+def test_weights_with_scales_beside_them_are_refused(tmp_path: Path, key: str):
+    """diffusers drops the scales and loads the rest as if it were the weights."""
+    pipe = tiny("sd")
+    written(pipe, tmp_path, single_files.write_sd)
+    layout, file = tmp_path / "layout", tmp_path / "scaled.safetensors"
+    state = load_file(tmp_path / "model.safetensors")
+    eighth = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    save_file(eighth, file)
+    load(layout, file)  # without scales fp8 is what it says
+    save_file(eighth | {key: torch.ones(1)}, file)
+    said = f"--model {file}: its weights are in 8 or 4 bits with scales .*{key}"
+    with pytest.raises(UserError, match=said):
+        load(layout, file)
+    with pytest.raises(UserError, match=said):
+        load_family(str(file))  # before anything is asked of a hub
+    assert [role for role, _ in problems(Config(model=str(file), shortcut="none"))] == ["model"]
+
+
+def test_files_that_say_what_they_predict(tmp_path: Path):
+    """By the keys that ComfyUI goes by; the scheduler must say the same."""
+    pipe = tiny("sd")
+    written(pipe, tmp_path, single_files.write_sd)
+    layout, marked = tmp_path / "layout", tmp_path / "marked.safetensors"
+    state = load_file(tmp_path / "model.safetensors")
+
+    def load_marked(*keys: str) -> Any:
+        save_file(state | {key: torch.tensor([]) for key in keys}, marked)
+        return load_family(str(marked), pipeline=str(layout), device="cpu")
+
+    said = "its key v_pred says .* scheduler of .*layout says epsilon; give --pipeline a config"
+    with pytest.raises(UserError, match=said):
+        load_marked("v_pred")
+    scheduler = layout / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
+    assert load_marked("v_pred").schedule(4).prediction_type == "v_prediction"
+    for key, noise in {"ztsnr": "of zero terminal SNR", "edm_vpred.sigma_max": "EDM's"}.items():
+        with pytest.raises(UserError, match=f"its key {key} says that it was trained on .*{noise}"):
+            load_marked("v_pred", key)
 
 
 def test_places_that_are_wrong(tmp_path: Path):

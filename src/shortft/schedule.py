@@ -205,12 +205,18 @@ def schedule_from_config(config: Mapping[str, Any], num_steps: int) -> Schedule:
 
     Stable Diffusion repositories ship different scheduler classes with the same noise schedule;
     the chain here is always DDIM on it, which is what their training-free solvers approximate.
+
+    Raises:
+        ValueError: for a scheduler or an option that is not supported.
+        KeyError: for one without betas.
     """
     if "FlowMatch" in str(config.get("_class_name", "")):
         return flow_schedule_from_config(config, num_steps)
     if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
         raise ValueError("schedulers with rescaled or custom betas are not supported yet")
     prediction: PredictionType = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"the scheduler's prediction_type {prediction!r} is not supported")
     return ddim_schedule(
         alphas_cumprod(
             int(config["num_train_timesteps"]),

@@ -82,7 +82,7 @@ def _find(model: str, pipeline: str | None) -> tuple[Source, Any]:
     """A model's place and its family's class."""
     from diffusers import DiffusionPipeline
 
-    from shortft.families.files import UNREADABLE, first_line
+    from shortft.families.files import GATED, UNREADABLE, first_line
     from shortft.families.source import find_source
 
     source = find_source(model, pipeline)
@@ -92,14 +92,17 @@ def _find(model: str, pipeline: str | None) -> tuple[Source, Any]:
         if not isinstance(index, dict):
             raise ValueError("model_index.json holds no table")
     except UNREADABLE as error:
+        reason = first_line(error)
         if source.file is not None:
             raise UserError(
                 f"--model {model}: its configuration cannot be found in {source.pipeline} "
-                f"({first_line(error)}); give --pipeline a directory saved by "
+                f"({reason}); give --pipeline a directory saved by "
                 "save_pretrained, or a hub id"
             ) from error
+        if reason == GATED:
+            raise UserError(f"--model {model}: {reason}") from error
         raise UserError(
-            f"--model {model}: no model there ({first_line(error)}); give `emoji`, a directory "
+            f"--model {model}: no model there ({reason}); give `emoji`, a directory "
             "saved by save_pretrained, a hub id, or a .safetensors file"
         ) from error
     name = str(index.get("_class_name"))

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 
 from shortft.errors import UserError
@@ -27,9 +33,12 @@ UNREADABLE = (
     RuntimeError,
     LookupError,
     AttributeError,
+    ImportError,  # of a library that a part needs
     SafetensorError,
     SingleFileComponentError,
 )
+NETWORKS = ("unet", "transformer", "vae", "text_encoder")  # how a pipeline's parts are called
+GATED = "it is gated: accept its licence on the hub, and log in by `hf auth login`"
 
 
 def load_pipeline(
@@ -53,10 +62,13 @@ def load_pipeline(
     """
     try:
         with quiet():
-            if source.file is not None:
-                return load_single_file(pipeline_class, source, prefixes, dtype=dtype, **options)
             place, revision = source.pipeline, source.revision
             index = pipeline_class.load_config(place, revision=revision)
+            for name, part in index.items():
+                if name.startswith(NETWORKS) and part[1] is not None and name not in options:
+                    _refuse_quantised(source, name)
+            if source.file is not None:
+                return load_single_file(pipeline_class, source, prefixes, dtype=dtype, **options)
             # Parts that were left out when the model was saved, such as SD3's T5.
             absent = {name: None for name, part in index.items() if part == [None, None]}
             read = functools.partial(
@@ -85,6 +97,21 @@ def load_pipeline(
             f"--model {source.name}: cannot be loaded as a {pipeline_class.__name__} "
             f"({reason}); {remedy}"
         ) from error
+
+
+def _refuse_quantised(source: Source, part: str) -> None:
+    """Whether a part's weights are numbers, by its ``config.json``."""
+    config: Any = {}
+    with contextlib.suppress(OSError):  # loading will say what is wrong
+        config = AutoencoderKL.load_config(
+            source.pipeline, subfolder=part, revision=source.revision
+        )
+    method = config.get("quantization_config")
+    if method:
+        raise UserError(
+            f"--model {source.name}: its {part} is quantised ({method.get('quant_method')}), which "
+            "is not supported; give the model that it was made from"
+        )
 
 
 def own_defaults(source: Source) -> dict[str, Any]:
@@ -128,11 +155,21 @@ def latent_side(
 def first_line(error: BaseException) -> str:
     """An error's first line, for use inside another message.
 
-    Libraries say of a hub that does not answer that it lacks a file; this says what is the matter.
+    Libraries say of a hub that does not answer that it lacks a file, and of a model behind a login
+    that there is none; this says what is the matter.
     """
+    causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, LocalEntryNotFoundError):
-            return "the hub cannot be reached, and its cache on this machine has no copy"
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    refusals = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
+    if any(isinstance(cause, GatedRepoError) for cause in refusals):  # a RepositoryNotFoundError
+        return GATED
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in refusals):
+        return "the hub shows none of this name: misspelt, or private; log in by `hf auth login`"
+    if any(cause.response.status_code in (401, 403) for cause in refusals):
+        return "the hub refuses this machine's token; log in again by `hf auth login`"
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return "the hub cannot be reached, and its cache on this machine has no copy"
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -15,11 +15,12 @@ from shortft.families.base import Conditioning, Guidance, autocast, classifier_f
 from shortft.families.decoder import load_decoder
 from shortft.families.files import latent_side, load_pipeline, own_defaults
 from shortft.families.lora_files import add_lora_file
+from shortft.families.scheduler import check_scheduler
 from shortft.families.sharding import shard
 from shortft.families.source import Source
 from shortft.families.text import KnownPrompts
 from shortft.quiet import quiet
-from shortft.schedule import Schedule, schedule_from_config
+from shortft.schedule import Schedule, flow_schedule_from_config, schedule_from_config
 
 DECODER_PREFIXES = ("first_stage_model.", "vae.")
 Own = TypeVar("Own", bound="PipelineFamily")
@@ -118,11 +119,12 @@ class PipelineFamily:
         Raises:
             UserError: if the model cannot be found, read or is of another family.
         """
+        check_scheduler(source, cls.pipeline_class, cls._try_scheduler)
         half = precision == "bf16" and not cls.text_in_fp32
         dtype = torch.bfloat16 if half else torch.float32
         options = dict(cls.load_options)
         if decoder is not None:
-            options["vae"] = load_decoder(decoder, source, cls.decoders)
+            options["vae"] = load_decoder(decoder, source, cls.name, cls.decoders)
         pipeline = cls.open(source, dtype, **options)
         own = own_defaults(source)
         family = cls(
@@ -135,6 +137,11 @@ class PipelineFamily:
         )
         family.default_guidance_scale = own.get("guidance_scale", family.default_guidance_scale)
         return family
+
+    @staticmethod
+    def _try_scheduler(config: Mapping[str, Any]) -> None:
+        """Raise what `schedule` would, whatever the number of steps and the size."""
+        flow_schedule_from_config(config, 1, tokens=1)
 
     @classmethod
     def open(cls, source: Source, dtype: torch.dtype, **options: Any) -> Any:
@@ -155,7 +162,7 @@ class PipelineFamily:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of the prompts, and what else the family's network is told of them."""
         if self._known is not None:
-            return self._known(prompts).to(self.device)
+            return self._known(prompts)
         return self._encode(prompts)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -163,7 +170,7 @@ class PipelineFamily:
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """Encode these prompts, keep them in main memory, and let the text encoders go."""
-        self._known = KnownPrompts(self.encode, prompts)
+        self._known = KnownPrompts(self.encode, prompts, self.device)
         self._text = None
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -260,6 +267,10 @@ class UNetFamily(PipelineFamily):
             self._scheduler_config["set_alpha_to_one"] = True
         pipeline.unet.to(memory_format=self._layout)
         pipeline.vae.to(memory_format=self._layout)
+
+    @staticmethod
+    def _try_scheduler(config: Mapping[str, Any]) -> None:
+        schedule_from_config(config, 1)
 
     def schedule(self, num_steps: int) -> Schedule:
         try:

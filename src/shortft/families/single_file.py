@@ -19,6 +19,17 @@ from shortft.families.source import Source
 
 # How a denoiser's keys begin: in whole files; FLUX's and SD3's own; under diffusers' names.
 DENOISERS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.", "transformer_blocks.")
+# How keys end that stand beside weights in 8 or 4 bits. diffusers' converters drop them, so that
+# the weights would be loaded without their scale.
+SCALES = (
+    "scale_weight",
+    "weight_scale",
+    "scale_input",
+    "input_scale",
+    "scaled_fp8",
+    "comfy_quant",
+    "absmax",
+)
 # Parts that no family uses; a pipeline takes None for them.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -77,7 +88,7 @@ def shapes(file: Path) -> dict[str, Tensor]:
     """Names and shapes of a safetensors file, as tensors on the meta device.
 
     Raises:
-        UserError: if it is not such a file.
+        UserError: if it is not such a file, or its weights need scales.
     """
     if file.suffix != ".safetensors":
         raise UserError(
@@ -86,7 +97,7 @@ def shapes(file: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            return {
+            found = {
                 name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
                 for name in opened.keys()  # noqa: SIM118 (not a mapping)
             }
@@ -94,6 +105,13 @@ def shapes(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"--model {file}: cannot be read ({error}); it may be cut off, download it again"
         ) from error
+    for name in found:
+        if name.endswith(SCALES):
+            raise UserError(
+                f"--model {file}: its weights are in 8 or 4 bits with scales beside them ({name}), "
+                "which is not supported; give a file in 16 or 32 bits"
+            )
+    return found
 
 
 def published_pipeline(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,22 +32,30 @@ def with_empty(states: Tensor, pooled: Tensor | None = None) -> Conditioning:
 
 
 class KnownPrompts:
-    """Conditionings of known prompts in main memory; the empty prompt's is kept once."""
+    """Conditionings of known prompts in main memory; the empty prompt's is kept once.
+
+    Args:
+        device: where they are used.
+    """
 
     def __init__(
-        self, encode: Callable[[Sequence[str]], Conditioning], prompts: Sequence[str]
+        self,
+        encode: Callable[[Sequence[str]], Conditioning],
+        prompts: Sequence[str],
+        device: torch.device,
     ) -> None:
         unique = list(dict.fromkeys(prompts))
         self._row = {prompt: row for row, prompt in enumerate(unique)}
-        parts = [encode(unique[i : i + BATCH]) for i in range(0, len(unique), BATCH)]
-        empty = parts[0][:1].to("cpu")
-        self._positive = torch.cat([part.positive.cpu() for part in parts])
-        pooled = [part.pooled.cpu() for part in parts if part.pooled is not None]
+        self._device = device
+        # Each part leaves the device before the next one needs its memory.
+        parts = [_kept(encode(unique[i : i + BATCH])) for i in range(0, len(unique), BATCH)]
+        self._positive = torch.cat([part.positive for part in parts])
+        pooled = [part.pooled for part in parts if part.pooled is not None]
         self._pooled = torch.cat(pooled) if pooled else None
-        self._negative, self._negative_pooled = empty.negative, empty.negative_pooled
+        self._negative, self._negative_pooled = parts[0].negative, parts[0].negative_pooled
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of prompts, on the CPU.
+        """The conditioning of prompts, on the device; all rows of the empty prompt's are one.
 
         Raises:
             UserError: for a prompt that was not encoded ahead.
@@ -58,10 +67,21 @@ class KnownPrompts:
                 "all prompts to encode_ahead, or load the model again"
             )
         rows = [self._row[prompt] for prompt in prompts]
-        first = [0] * len(prompts)
+
+        def alike(empty: Tensor) -> Tensor:
+            return empty.to(self._device).expand(len(rows), *empty.shape[1:])
+
         return Conditioning(
-            self._positive[rows],
-            self._negative[first],
-            None if self._pooled is None else self._pooled[rows],
-            None if self._negative_pooled is None else self._negative_pooled[first],
+            self._positive[rows].to(self._device),
+            alike(self._negative),
+            None if self._pooled is None else self._pooled[rows].to(self._device),
+            None if self._negative_pooled is None else alike(self._negative_pooled),
         )
+
+
+def _kept(part: Conditioning) -> Conditioning:
+    """A part in main memory, with one row of the empty prompt's."""
+    pooled = part.negative_pooled
+    return replace(
+        part, negative=part.negative[[0]], negative_pooled=None if pooled is None else pooled[[0]]
+    ).to("cpu")

@@ -20,7 +20,7 @@ from shortft.precision import emulated, settled
 from shortft.preflight import machine
 from shortft.preflight.estimate import GB, Estimate, estimate, run_seconds
 from shortft.preflight.files import problems
-from shortft.preflight.places import configurations, needed
+from shortft.preflight.places import assumed_pipeline, configurations, needed
 from shortft.redact import without_login
 from shortft.rewards.registry import REWARDS
 from shortft.schedule import segments
@@ -87,6 +87,12 @@ def check_places(config: Config) -> list[Check]:
     elif config.shortcut not in ("auto", "none"):
         text = f"{config.shortcut}, not used: --method {config.method} makes no jumps by one"
         checks.append(Check("shortcut", text))
+    published = assumed_pipeline(config)
+    if published is not None:
+        text = f"{published}, as diffusers takes the file; --pipeline names another one"
+        if published.endswith("stable-diffusion-2-1"):
+            text += "; this one predicts v at 768 pixels, models of 2-base need their own"
+        checks.append(Check("pipeline", text))
     wrong = {role: str(error) for role, error in problems(config)}
     places = needed(config)
     away = hub_problem() if any(place.download_gb for place in places) else None

@@ -17,6 +17,7 @@ import torch
 from shortft.assets import EMBEDDED, model_path
 from shortft.config import Config
 from shortft.errors import UserError
+from shortft.families.single_file import shapes
 from shortft.inputs import WEIGHTS
 from shortft.methods import METHODS
 from shortft.networks import SHORTCUT
@@ -56,7 +57,7 @@ def _looks(config: Config) -> Iterator[tuple[str, Callable[[], None]]]:
     if model == EMBEDDED or is_dir(model):
         yield "model", partial(_check_pipeline, option, place, decoder is not None)
     elif is_file(model):
-        yield "model", partial(check_weights_file, option, place, AGAIN)
+        yield "model", partial(_check_single_file, option, place)
     if decoder is not None and is_dir(decoder):
         yield "decoder", partial(_check_weights, f"--decoder {decoder}", Path(decoder), NETWORK)
     if METHODS[config.method].uses_segments and is_file(config.shortcut):
@@ -79,6 +80,11 @@ def _check_pipeline(option: str, folder: Path, other_decoder: bool) -> None:
             _check_weights(option, folder / part, NETWORK)
         elif part in ENCODERS:
             _check_weights(option, folder / part, TRANSFORMER)
+
+
+def _check_single_file(option: str, file: Path) -> None:
+    check_weights_file(option, file, AGAIN)
+    shapes(file)  # refuses weights that need scales
 
 
 def _check_weights(option: str, folder: Path, stem: str) -> None:

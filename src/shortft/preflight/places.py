@@ -111,6 +111,18 @@ def configurations(model: str) -> Path | None:
     return asset("outlines", KNOWN[repo][0]) if repo in KNOWN else None
 
 
+def assumed_pipeline(config: Config) -> str | None:
+    """The published model that a single file without a configuration is taken for."""
+    file = Path(config.model)
+    if config.pipeline is not None or not file.is_file():
+        return None
+    if (file.parent / "model_index.json").is_file():
+        return None
+    from shortft.families.single_file import recognised
+
+    return recognised(file)
+
+
 def _model_gb(model: str) -> float:
     if model == EMBEDDED or Path(model).exists():
         return 0.0
