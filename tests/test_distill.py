@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from shortft.shortcut_check import (
 )
 from shortft.shortcuts import own_guidance
 from test_lora_files import FAMILIES
-from tiny import save_tiny, tiny_family, tiny_pipeline
+from tiny import tiny_family, tiny_pipeline
 
 STEPS, K, SCALE = 12, 4, 8.0
 PROMPTS = ["red apple", "panda face", "rocket", "guitar"]
@@ -232,6 +233,49 @@ def test_an_update_in_parts_takes_their_mean_gradient(distiller: Distiller):
         torch.testing.assert_close(parameter.grad, gradient / norm, rtol=1e-4, atol=1e-7)
 
 
+def state_of(distiller: Distiller) -> list[Tensor]:
+    return [p.detach().clone() for p in (*distiller.parameters.values(), *distiller.average.values())]
+
+
+def test_an_update_that_is_not_finite_changes_nothing(distiller: Distiller):
+    bank = Bank()
+    distiller.true_pieces(bank, 4)
+    optimizer = torch.optim.AdamW(distiller.parameters.values(), lr=1e-2)
+    assert distiller.update(lambda: distiller.regression_loss(bank, 4), optimizer) is not None
+    before = state_of(distiller)
+    some = next(iter(distiller.parameters.values())).flatten()[:1]
+    for bad in (
+        lambda: distiller.regression_loss(bank, 4) * torch.inf,
+        lambda: distiller.regression_loss(bank, 4) + (some * 0).sqrt(),  # its gradient alone
+    ):
+        assert distiller.update(bad, optimizer) is None
+        for after, was in zip(state_of(distiller), before, strict=True):
+            torch.testing.assert_close(after, was, rtol=0, atol=0)
+    assert distiller.updates == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e6])  # beyond half precision
+def test_what_is_not_finite_is_not_saved(distiller: Distiller, tmp_path: Path, value: float):
+    path = tmp_path / "shortcut.safetensors"
+    distiller.save(path)
+    before = path.read_bytes()
+    next(iter(distiller.average.values())).view(-1)[0] = value
+    with pytest.raises(UserError, match="not finite in half precision"):
+        distiller.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_shortcut_before_it(distiller: Distiller, small_disk: Path):
+    path = small_disk / "shortcut.safetensors"
+    path.write_bytes(b"before")
+    (small_disk / "other").write_bytes(bytes(240_000))
+    with pytest.raises(OSError, match="No space left on device") as told:
+        distiller.save(path)
+    assert told.value.filename == str(path)
+    assert path.read_bytes() == b"before"
+    assert {file.name for file in small_disk.iterdir()} == {path.name, "other"}
+
+
 class Slow:
     """A distiller on a clock that stands still but for what it says its work takes."""
 
@@ -288,16 +332,16 @@ def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkeypatch):
-    model = str(save_tiny(tmp_path / "model"))
+@pytest.fixture
+def make(tmp_path: Path, model: Path) -> Callable[..., Path]:
+    """`shortft shortcut` on the tiny model; its output."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    output = tmp_path / "shortcut.safetensors"
 
-    def make(**change: object) -> None:
-        settings = {
-            "model": model,
-            "output": output,
+    def call(**change: object) -> Path:
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "output": tmp_path / "shortcut.safetensors",
             "kind": "regression",
             "minutes": 0.05,
             "rank": 4,
@@ -312,10 +356,35 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
             "resume": False,
             "precision": "fp32",
             "prompts_path": prompts,
+            **change,
         }
-        distill_command(**{**settings, **change})  # type: ignore[arg-type]
+        distill_command(**settings)
+        return Path(settings["output"])
 
-    make()
+    return call
+
+
+def test_a_shortcut_that_diverges_is_given_up_and_the_file_before_it_stays(make, monkeypatch):
+    output = make(minutes=0.01)
+    before = output.read_bytes(), output.with_suffix(".json").read_bytes()
+    losses: list[Tensor] = []
+
+    def diverges(landed: Tensor, *_: Tensor) -> Tensor:
+        losses.append(landed.flatten(1).sum(1) * torch.nan)
+        return losses[-1]
+
+    monkeypatch.setattr("shortft.distill._distance", diverges)
+    with pytest.raises(UserError, match=r"--learning-rate 0.001: 10 updates in a row .* lower it"):
+        make(minutes=0.1, resume=True)
+    assert len(losses) == 10
+    assert (output.read_bytes(), output.with_suffix(".json").read_bytes()) == before
+
+
+def test_command_line_makes_and_checks_a_shortcut(
+    make, model: Path, tmp_path: Path, capsys, monkeypatch
+):
+    prompts = tmp_path / "prompts.txt"
+    output = make()
     card = json.loads(output.with_suffix(".json").read_text())
     assert card["updates"] > 0
     with pytest.raises(UserError, match="--resume"):
@@ -339,7 +408,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
     make(output=stopped, minutes=0.01, resume=True, shortcut_guidance_scale=1.0)
     assert own_guidance(stopped) == 1.0
     figures = tmp_path / "figures.json"
-    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
+    code = check_command(str(model), str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
     assert code in (0, 1)
     assert json.loads(figures.read_text())[0]["evaluations"] == 2  # it runs as it was made to
     assert ("no better" in capsys.readouterr().out) == (code == 1)
@@ -352,7 +421,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
     output = tmp_path / "large.safetensors"
     make(output=output, minutes=0.01, resolution=32)
     assert json.loads(output.with_suffix(".json").read_text())["resolution"] == 32
-    options = ["--model", model, "--prompts", str(prompts), "--num-prompts", "2"]
+    options = ["--model", str(model), "--prompts", str(prompts), "--num-prompts", "2"]
     options += ["--num-steps", str(STEPS), "--segments", str(K), "--shortcut", str(output)]
     large = ["--resolution", "32"]
     found = {}

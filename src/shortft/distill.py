@@ -9,6 +9,7 @@ chain. `consistency` is trajectory-segmented consistency distillation (Hyper-SD 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shortft.chain import run_chain
@@ -26,6 +28,7 @@ from shortft.plans import base_plan
 from shortft.schedule import Schedule, jump, segments, to_x0_eps
 from shortft.seeds import generator, sample_seed
 from shortft.shortcut_check import Jumper, Jumping, jump_plan
+from shortft.weights_file import disk_error
 
 FOLDED_FROM = 8  # samples
 EMA_DECAY = 0.998
@@ -223,12 +226,15 @@ class Distiller:
 
     def update(
         self, draw: Callable[[], Tensor], optimizer: torch.optim.Optimizer, parts: int = 1
-    ) -> float:
-        """One optimizer update and one of the average; the mean loss.
+    ) -> float | None:
+        """One optimizer update and one of the average.
 
         Args:
             draw: losses (B,) of fresh samples; called once for each of the update's parts, which
                 weigh alike.
+
+        Returns:
+            the mean loss; None where it or the gradient is not finite, which changes nothing.
         """
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -236,7 +242,9 @@ class Distiller:
             loss = draw().mean() / parts
             loss.backward()
             total += float(loss.detach())
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        if not (math.isfinite(total) and bool(norm.isfinite())):
+            return None
         optimizer.step()
         self.updates += 1
         decay = min(EMA_DECAY, (1 + self.updates) / (10 + self.updates))
@@ -252,12 +260,27 @@ class Distiller:
         return module
 
     def save(self, path: Path) -> None:
-        """Write the averaged LoRA in diffusers' layout."""
+        """Write the averaged LoRA in diffusers' layout; what was there stays where that fails.
+
+        Raises:
+            UserError: if it is not finite.
+            OSError: if the disk refuses.
+        """
+        state = {key: v.half() for key, v in lora_state(self.averaged(), SHORTCUT).items()}
+        if not all(bool(v.isfinite().all()) for v in state.values()):
+            raise UserError(
+                f"--output {path}: not written, since weights of the LoRA are not finite in half "
+                "precision; lower --learning-rate"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}")
-        state = {key: v.half() for key, v in lora_state(self.averaged(), SHORTCUT).items()}
-        self.family.save_lora(state, scratch)
-        scratch.replace(path)
+        try:
+            self.family.save_lora(state, scratch)
+            scratch.replace(path)
+        except SafetensorError as error:
+            raise disk_error(error, path) from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Go on from a saved LoRA of the same rank and layers."""

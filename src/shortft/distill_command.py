@@ -24,6 +24,7 @@ Kind = Literal["regression", "consistency"]
 AT_FIRST, LATER = 0.2, 0.4  # shares of the budget that walking trajectories may take
 MEASURING = 0.1  # seconds of measuring on the way for each second of training, but for the first
 EVERY = 150  # seconds between saves
+MAX_SKIPPED = 10  # updates in a row
 
 
 def distill(
@@ -49,6 +50,9 @@ def distill(
 
     Returns:
         how many trajectories were made.
+
+    Raises:
+        UserError: after `MAX_SKIPPED` updates in a row that were not finite.
     """
     began = time.monotonic()
     budget = minutes * 60
@@ -58,7 +62,7 @@ def distill(
     bank = Bank()
     images: list[Tensor] = []
     prompts: list[Tensor] = []
-    made = 0
+    made = skipped = 0
     walking = measuring = took = 0.0  # seconds
     last_report = last_save = began
 
@@ -75,7 +79,7 @@ def distill(
             return distiller.regression_loss(bank, count)
         return distiller.consistency_loss(torch.cat(images), torch.cat(prompts), count)
 
-    smooth: float | None = None
+    smooth = math.nan
     while (elapsed := time.monotonic() - began) < budget:
         done = elapsed / budget
         share = AT_FIRST + LATER * done * bool(distiller.updates)
@@ -95,7 +99,15 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = distiller.update(draw, optimizer, accumulation)
-        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        skipped = skipped + 1 if loss is None else 0
+        if skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"--learning-rate {learning_rate:g}: {MAX_SKIPPED} updates in a row had a loss or "
+                "a gradient that is not finite; lower it, or use --precision fp32; what was saved "
+                "before stays"
+            )
+        if loss is not None:
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
         now = time.monotonic()
         if now - last_report > 20:
             last_report = now
