@@ -20,6 +20,7 @@ from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, view
 from shortft.plans import base_plan
 from shortft.schedule import segments
+from shortft.seeds import sample_seed
 from shortft.shortcut_check import (
     Fidelity,
     Jumper,
@@ -78,9 +79,9 @@ def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distille
     for average in distiller.average.values():  # jumps that are not the base's
         average.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     bank = Bank()
-    drawn = distiller._draws
+    drawn = distiller.draws
     distiller.visited_pieces(bank, 2)
-    distiller._draws = drawn
+    distiller.draws = drawn
     _, cond, noise = distiller._draw(2)
     states: dict[str, dict[int, Tensor]] = {"jumps": {}, "base": {}}
     plans = {"jumps": jump_plan(distiller.schedule, K, first=False)}
@@ -208,10 +209,10 @@ def test_folded_into_the_weights_or_as_branches_the_lora_is_the_same(
         nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     bank = Bank()
     distiller.true_pieces(bank, 8)
-    draws, found = distiller._draws, []
+    draws, found = distiller.draws, []
     for folded_from in (1, 99):
         monkeypatch.setattr("shortft.distill.FOLDED_FROM", folded_from)
-        distiller._draws = draws
+        distiller.draws = draws
         loss = distiller.regression_loss(bank, 8).mean()
         found.append([loss, *torch.autograd.grad(loss, list(distiller.parameters.values()))])
     assert float(found[0][0]) > 0.01
@@ -380,6 +381,30 @@ def test_a_shortcut_that_diverges_is_given_up_and_the_file_before_it_stays(make,
     assert (output.read_bytes(), output.with_suffix(".json").read_bytes()) == before
 
 
+def test_a_resume_draws_what_was_not_drawn_before(make, monkeypatch):
+    places: set[tuple[int, ...]] = set()
+
+    def seed_of(seed: int, *place: int) -> int:
+        places.add(place)
+        return sample_seed(seed, *place)
+
+    monkeypatch.setattr("shortft.distill.sample_seed", seed_of)
+    output = make(minutes=0.01)
+    first = places.copy()
+    told = output.with_suffix(".json")
+    places.clear()
+    make(minutes=0.01, resume=True)
+    assert places
+    assert places.isdisjoint(first)
+    card = json.loads(told.read_text())
+    assert card.pop("draws") > 0
+    told.write_text(json.dumps(card))  # as files were before it was kept
+    make(minutes=0.01, resume=True)
+    told.write_text(json.dumps({**card, "draws": "many"}))
+    with pytest.raises(UserError, match="shortcut.json: damaged"):
+        make(resume=True)
+
+
 def test_command_line_makes_and_checks_a_shortcut(
     make, model: Path, tmp_path: Path, capsys, monkeypatch
 ):
@@ -387,6 +412,7 @@ def test_command_line_makes_and_checks_a_shortcut(
     output = make()
     card = json.loads(output.with_suffix(".json").read_text())
     assert card["updates"] > 0
+    assert card["model"] == model.name  # which travels: no folders of the author's disk
     with pytest.raises(UserError, match="--resume"):
         make()
     make(resume=True)

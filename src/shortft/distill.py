@@ -123,7 +123,7 @@ class Distiller:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.teacher_view = view(self.student, frozen=True)
         self.updates = 0
-        self._draws = 0
+        self.draws = 0  # so far; each is another, also after a resume that goes on counting
 
     # What the base does
 
@@ -333,8 +333,8 @@ class Distiller:
 
     def _draw(self, count: int) -> tuple[Tensor, Conditioning, Tensor]:
         rows = self._rows(len(self.cond), count)
-        self._draws += 1
-        seeds = [sample_seed(self.seed, 1, self._draws, i) for i in range(count)]
+        self.draws += 1
+        seeds = [sample_seed(self.seed, 1, self.draws, i) for i in range(count)]
         return rows, self._prompts(rows), self.family.noise(seeds)
 
     def _prompts(self, rows: Tensor) -> Conditioning:
@@ -344,8 +344,8 @@ class Distiller:
         return torch.randint(total, (count,), generator=self._generator())
 
     def _generator(self) -> torch.Generator:
-        self._draws += 1
-        return generator(self.seed, 2, self._draws)
+        self.draws += 1
+        return generator(self.seed, 2, self.draws)
 
 
 def _folded(layer: Any) -> Tensor:

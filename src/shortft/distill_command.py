@@ -17,6 +17,7 @@ from shortft.distill import Bank, Distiller
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.families.base import Guidance
+from shortft.model_card import public
 from shortft.seeds import sample_seed
 from shortft.shortcut_check import Fidelity, Jumper, measure
 
@@ -128,19 +129,23 @@ def distill(
     return made
 
 
-def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
+def check_same_chain(told: Path, chain: dict[str, Any]) -> int:
     """Refuse to go on with a LoRA that was made for another chain or guidance.
 
     Args:
         told: the JSON file beside the LoRA; one that is not there tells nothing.
 
+    Returns:
+        how many draws the LoRA has learned from; 0 where that is not told.
+
     Raises:
         UserError: naming the settings that differ.
     """
     if not told.is_file():
-        return
+        return 0
     try:
         before = dict(json.loads(told.read_text(encoding="utf-8")))
+        draws = int(before.get("draws", 0))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{told}: damaged ({error}); restore or remove it") from error
     for name, value in chain.items():
@@ -149,6 +154,7 @@ def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
                 f"{option_name(name)} {value}: {told} says that the LoRA was made for "
                 f"{before[name]}; give that to go on by --resume, or another --output"
             )
+    return draws
 
 
 def distill_command(
@@ -221,7 +227,7 @@ def distill_command(
         seed=seed,
     )
     chain: dict[str, Any] = {  # what the LoRA is made for, and how it runs
-        "model": model,
+        "model": public(model),
         "resolution": family.resolution,
         "num_steps": num_steps,
         "segments": segments,
@@ -231,11 +237,16 @@ def distill_command(
     told = output.with_suffix(".json")
 
     def tell(figures: dict[str, Any]) -> None:
-        write_atomic(told, (json.dumps({**chain, **figures}, indent=2) + "\n").encode())
+        whole = {**chain, "draws": distiller.draws, **figures}
+        write_atomic(told, (json.dumps(whole, indent=2) + "\n").encode())
+
+    def save() -> None:
+        distiller.save(output)
+        tell({})  # figures of an earlier LoRA say nothing of this one
 
     going_on = resume and output.exists()
     if going_on:
-        check_same_chain(told, chain)
+        distiller.draws = check_same_chain(told, chain)
         distiller.load(output)
     if not (going_on and told.is_file()):
         tell({})  # before the LoRA: one without its guidance would run with another
@@ -263,7 +274,7 @@ def distill_command(
         learning_rate=learning_rate,
         trajectories=trajectories,
         report=console.print,
-        save=lambda: distiller.save(output),
+        save=save,
         fidelity=lambda: fidelity()[0],
         # Without gradient there is room for more.
         sample_batch=min(64, 2 * batch_size // accumulation),
