@@ -48,11 +48,12 @@ def distiller() -> Distiller:
 
 def test_pieces_are_what_diffusers_walks(distiller: Distiller):
     bank = Bank()
-    ends = distiller.true_pieces(bank, 3)
+    ends, drawn = distiller.true_pieces(bank, 3)
     pipe = tiny_pipeline()
     # The bank holds the first segment's start: the noise itself.
     noise = bank.begin[bank.start == 0]
     rows = bank.prompt[bank.start == 0]
+    assert torch.equal(drawn, rows)
     states: dict[int, torch.Tensor] = {0: noise}
 
     def keep(_pipe, step: int, _timestep, values: dict) -> dict:
@@ -109,8 +110,7 @@ def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distille
 @pytest.mark.parametrize("kind", ["regression", "consistency"])
 def test_both_ways_bring_the_jumps_closer(distiller: Distiller, kind: str):
     bank = Bank()
-    images = distiller.true_pieces(bank, 96)
-    prompts = bank.prompt[:96]
+    images, prompts = distiller.true_pieces(bank, 96)
     family, schedule = distiller.family, distiller.schedule
     cond, noise = family.encode(PROMPTS), family.noise([11, 12, 13, 14])
 
@@ -286,12 +286,13 @@ class Slow:
         self.now, self.updates, self.walks, self.measured, self.first = 0.0, 0, 0, 0, 0.0
         monkeypatch.setattr("shortft.distill_command.time.monotonic", lambda: self.now)
 
-    def true_pieces(self, bank: Bank, count: int) -> torch.Tensor:
+    def true_pieces(self, bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
         self.walks += 1
         self.now += 20
-        piece = torch.zeros(count, 1, 1, 1)
-        bank.add(0, 1, piece, piece, torch.zeros(count, dtype=torch.long))
-        return piece
+        piece, rows = torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.long)
+        if bank is not None:
+            bank.add(0, 1, piece, piece, rows)
+        return piece, rows
 
     def visited_pieces(self, bank: Bank, count: int) -> None:
         self.now += 20
@@ -327,6 +328,43 @@ def test_walking_and_measuring_leave_time_to_train(monkeypatch: pytest.MonkeyPat
     assert slow.first == pytest.approx(3600 / 5, abs=40)
     assert slow.measured == 3  # after 3, 34 and 51 minutes: a tenth as much again
     assert slow.now == pytest.approx(3600 + 100 * slow.measured, abs=40)
+
+
+def test_consistency_keeps_ends_alone_and_each_with_its_prompt(
+    distiller: Distiller, monkeypatch: pytest.MonkeyPatch
+):
+    walk, learn = distiller.true_pieces, distiller.consistency_loss
+    walked: list[tuple[Tensor, Tensor]] = []
+    learned: list[tuple[Tensor, Tensor]] = []
+
+    def true_pieces(bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
+        assert bank is None
+        walked.append(walk(bank, count))
+        return walked[-1]
+
+    def consistency_loss(images: Tensor, prompts: Tensor, count: int) -> Tensor:
+        learned.append((images, prompts))
+        return learn(images, prompts, count)
+
+    monkeypatch.setattr(distiller, "true_pieces", true_pieces)
+    monkeypatch.setattr(distiller, "consistency_loss", consistency_loss)
+    made = distill(
+        distiller,
+        "consistency",
+        minutes=0.05,
+        batch_size=4,
+        learning_rate=1e-3,
+        trajectories=12,
+        report=lambda _: None,
+        save=lambda: None,
+        fidelity=lambda: pytest.fail("not for so short a time"),
+        sample_batch=3,
+    )
+    assert made == 3 * len(walked)
+    for found, parts in zip(learned[-1], zip(*walked, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(parts))
+    # Put together once, when trajectories come, not for every update.
+    assert len({id(images) for images, _ in learned}) <= len(walked)
 
 
 def interrupted(*_: object, **__: object) -> None:

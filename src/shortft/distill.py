@@ -139,11 +139,11 @@ class Distiller:
         return latents
 
     @torch.no_grad()
-    def true_pieces(self, bank: Bank, count: int) -> Tensor:
-        """Add `count` true trajectories to the bank, cut at the segments' jumps.
+    def true_pieces(self, bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
+        """Walk `count` true trajectories; add them to a bank, cut at the segments' jumps.
 
         Returns:
-            (count, C, h, w) the chain's ends, in main memory.
+            in main memory, the chain's ends (count, C, h, w) and rows (count,) of the prompt table.
         """
         rows, cond, noise = self._draw(count)
         states: dict[int, Tensor] = {}
@@ -152,9 +152,9 @@ class Distiller:
             base_plan(self.schedule), nets, noise, cond, self.schedule, observe=states.__setitem__
         )
         for part in self.parts:
-            if len(part) > 1:
+            if bank is not None and len(part) > 1:
                 bank.add(part[0], part[-1], states[part[0]], states[part[-1]], rows)
-        return states[self.schedule.num_steps].cpu()
+        return states[self.schedule.num_steps].cpu(), rows
 
     @torch.no_grad()
     def visited_pieces(self, bank: Bank, count: int) -> None:
