@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from shortft.chain import run_chain
 from shortft.cli import main
+from shortft.config import Config
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill, distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
+from shortft.kept import write_adapter
 from shortft.networks import SHORTCUT, view
 from shortft.plans import base_plan
+from shortft.sampling import load_tuned
 from shortft.schedule import segments
 from shortft.seeds import sample_seed
 from shortft.shortcut_check import (
@@ -31,6 +34,8 @@ from shortft.shortcut_check import (
     measure,
 )
 from shortft.shortcuts import own_guidance
+from shortft.trainer import Trainer
+from test_export_families import saved
 from test_lora_files import FAMILIES
 from tiny import tiny_family, tiny_pipeline
 
@@ -235,7 +240,8 @@ def test_an_update_in_parts_takes_their_mean_gradient(distiller: Distiller):
 
 
 def state_of(distiller: Distiller) -> list[Tensor]:
-    return [p.detach().clone() for p in (*distiller.parameters.values(), *distiller.average.values())]
+    weights = (*distiller.parameters.values(), *distiller.average.values())
+    return [weight.detach().clone() for weight in weights]
 
 
 def test_an_update_that_is_not_finite_changes_nothing(distiller: Distiller):
@@ -439,7 +445,7 @@ def test_a_resume_draws_what_was_not_drawn_before(make, monkeypatch):
     told.write_text(json.dumps(card))  # as files were before it was kept
     make(minutes=0.01, resume=True)
     told.write_text(json.dumps({**card, "draws": "many"}))
-    with pytest.raises(UserError, match="shortcut.json: damaged"):
+    with pytest.raises(UserError, match=r"shortcut\.json: damaged"):
         make(resume=True)
 
 
@@ -472,7 +478,9 @@ def test_command_line_makes_and_checks_a_shortcut(
     make(output=stopped, minutes=0.01, resume=True, shortcut_guidance_scale=1.0)
     assert own_guidance(stopped) == 1.0
     figures = tmp_path / "figures.json"
-    code = check_command(str(model), str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
+    code = check_command(
+        str(model), str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts
+    )
     assert code in (0, 1)
     assert json.loads(figures.read_text())[0]["evaluations"] == 2  # it runs as it was made to
     assert ("no better" in capsys.readouterr().out) == (code == 1)
@@ -503,11 +511,44 @@ def test_command_line_makes_and_checks_a_shortcut(
     assert json.loads(card.read_text())["resolution"] == 32
 
 
-def test_a_shortcut_without_a_card_runs_unguided_and_a_damaged_card_is_told(tmp_path: Path):
+@pytest.mark.parametrize(("name", "scale"), [("flux", 3.5), ("sd3", 1.0)])
+def test_without_a_word_it_is_guided_where_that_costs_nothing(
+    make, name: str, scale: float, tmp_path: Path
+):
+    """FLUX.1-dev takes guidance as an input of the network, so that its student does too."""
+    folder = saved(name, tmp_path / name)
+    asked = {"model": str(folder), "guidance_scale": 3.5, "num_steps": 6, "segments": 3}
+    output = make(minutes=0.01, **asked, shortcut_guidance_scale=None)
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert card["shortcut_guidance_scale"] == scale
+    assert card["held_out"][0]["evaluations"] == 1
+    with pytest.raises(UserError, match=f"the LoRA was made for {scale}"):
+        make(resume=True, **asked, shortcut_guidance_scale=2.0)
+    output.with_suffix(".json").unlink()  # as other tools' few-step LoRAs are
+    run = {"num_steps": 6, "segments": 3, "rank": 2, "guidance_scale": 3.5, "tensorboard": False}
+    run["method"] = "tune_shortcut"
+    run |= {"model": str(folder), "shortcut": str(output), "output_dir": tmp_path / "run"}
+    trainer = Trainer(Config(**run))
+    assert trainer.nets.shortcut_guidance.scale == scale
+    assert trainer.jumps_by == ["file", scale, 1.0]
+    nets, *_ = load_tuned(trainer.family, write_adapter(trainer), None, None)
+    assert nets.shortcut_guidance.scale == scale
+    assert Trainer(Config(**run, shortcut_guidance_scale=2.0)).nets.shortcut_guidance.scale == 2
+    figures = tmp_path / "check.json"
+    options = ["--model", str(folder), "--shortcut", str(output), "--output", str(figures)]
+    options += ["--num-prompts", "2", "--num-steps", "6", "--segments", "3"]
+    found = []
+    for more in ([], ["--shortcut-guidance-scale", str(scale)]):
+        assert main(["check", *options, "--guidance-scale", "3.5", *more]) in (0, 1)
+        found.append(json.loads(figures.read_text())[0]["jump_error"])
+    assert found[0] == found[1]
+
+
+def test_without_a_card_nobody_says_its_guidance_and_a_damaged_card_is_told(tmp_path: Path):
     path = tmp_path / "few-step.safetensors"
-    assert own_guidance(path) == 1
+    assert own_guidance(path) is None
     path.with_suffix(".json").write_text('{"kind": "regression"}')
-    assert own_guidance(path) == 1
+    assert own_guidance(path) is None
     path.with_suffix(".json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         own_guidance(path)

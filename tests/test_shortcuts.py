@@ -73,10 +73,10 @@ def test_published_ones_run_as_their_authors_say(hub, name: str, tmp_path: Path)
                 find_shortcut("some/model", place, wanted.steps + 1)
 
 
-def test_a_file_that_is_called_as_many_others_runs_unguided(tmp_path: Path):
+def test_a_file_that_is_called_as_many_others_is_not_the_published_one(tmp_path: Path):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     path.touch()
-    assert find_shortcut("some/model", str(path), 5) == Shortcut(path)
+    assert find_shortcut("some/model", str(path), 5) == Shortcut(path, None)
     path.with_suffix(".json").write_text('{"shortcut_guidance_scale": 2.5}')
     assert find_shortcut("some/model", str(path), 5).guidance_scale == 2.5
 

@@ -18,6 +18,7 @@ from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.model_card import public
+from shortft.networks import few_step_guidance
 from shortft.seeds import sample_seed
 from shortft.shortcut_check import Fidelity, Jumper, measure
 
@@ -170,7 +171,7 @@ def distill_command(
     num_steps: int,
     segments: int,
     guidance_scale: float | None,
-    shortcut_guidance_scale: float,
+    shortcut_guidance_scale: float | None,
     trajectories: int,
     seed: int,
     resume: bool,
@@ -217,7 +218,9 @@ def distill_command(
         )
     family.encode_ahead([*training, *held_out])  # the text encoders are not needed any more
     cond = family.encode(training).to("cpu")
-    student_guidance = Guidance(shortcut_guidance_scale)
+    student_guidance = Guidance(
+        shortcut_guidance_scale or few_step_guidance(family, guidance.scale)
+    )
     distiller = Distiller(
         family,
         schedule,

@@ -148,12 +148,13 @@ class Shortcut:
 
     Attributes:
         path: the LoRA's file; None where the base itself jumps.
-        guidance_scale: what it was made to run with.
+        guidance_scale: what it was made to run with; None where nobody says, see
+            `networks.few_step_guidance`.
         scale: of the LoRA.
     """
 
     path: Path | None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = 1.0
     scale: float = 1.0
 
 
@@ -185,7 +186,7 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     """The shortcut that an option names; one on the hub is downloaded.
 
     A file is run as its publisher says where its name is that of a published one, or as the JSON
-    file beside it says where it was made by `shortft shortcut`; any other runs unguided.
+    file beside it says where it was made by `shortft shortcut`; of any other nobody says.
 
     Args:
         segments: of the chain; most published shortcuts fit one number only.
@@ -215,8 +216,10 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     return Shortcut(path, own_guidance(path))
 
 
-def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> float:
+def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> float | None:
     """What a shortcut will run with, without a download: as `find_shortcut` finds.
+
+    None where nobody says, or a file on the hub that was not fetched yet.
 
     Raises:
         UserError: if it fits other segments, or none ships for the model.
@@ -228,7 +231,7 @@ def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> 
         return known.guidance_scale
     if ships(name):
         return find_shortcut(model, name, segments, auto).guidance_scale
-    return own_guidance(Path(name)) if Path(name).is_file() else 1.0
+    return own_guidance(Path(name)) if Path(name).is_file() else None
 
 
 def check_fits(model: str, name: str, segments: int) -> Published | None:
@@ -303,21 +306,21 @@ def check_content(name: str, path: Path, published: Published) -> None:
         )
 
 
-def own_guidance(shortcut: Path) -> float:
+def own_guidance(shortcut: Path) -> float | None:
     """The guidance that a shortcut was made to run with, from the JSON file beside it.
 
-    1 (unguided, as released few-step LoRAs run) where there is no such file.
+    None where there is no such file, or it does not say.
 
     Raises:
         UserError: if the file is damaged.
     """
     card = shortcut.with_suffix(".json")
     if not card.is_file():
-        return 1.0
+        return None
     try:
         return float(json.loads(card.read_text(encoding="utf-8"))["shortcut_guidance_scale"])
     except KeyError:
-        return 1.0
+        return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{card}: damaged ({error}); restore it, or remove it and give "
