@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 
 from shortft.chain import run_chain
 from shortft.cli import main
+from shortft.config import Config
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill, distill_command
 from shortft.errors import UserError
 from shortft.families.base import Guidance
+from shortft.kept import write_adapter
 from shortft.networks import SHORTCUT, view
 from shortft.plans import base_plan
+from shortft.sampling import load_tuned
 from shortft.schedule import segments
+from shortft.seeds import sample_seed
 from shortft.shortcut_check import (
     Fidelity,
     Jumper,
@@ -29,8 +34,10 @@ from shortft.shortcut_check import (
     measure,
 )
 from shortft.shortcuts import own_guidance
+from shortft.trainer import Trainer
+from test_export_families import saved
 from test_lora_files import FAMILIES
-from tiny import save_tiny, tiny_family, tiny_pipeline
+from tiny import tiny_family, tiny_pipeline
 
 STEPS, K, SCALE = 12, 4, 8.0
 PROMPTS = ["red apple", "panda face", "rocket", "guitar"]
@@ -46,11 +53,12 @@ def distiller() -> Distiller:
 
 def test_pieces_are_what_diffusers_walks(distiller: Distiller):
     bank = Bank()
-    ends = distiller.true_pieces(bank, 3)
+    ends, drawn = distiller.true_pieces(bank, 3)
     pipe = tiny_pipeline()
     # The bank holds the first segment's start: the noise itself.
     noise = bank.begin[bank.start == 0]
     rows = bank.prompt[bank.start == 0]
+    assert torch.equal(drawn, rows)
     states: dict[int, torch.Tensor] = {0: noise}
 
     def keep(_pipe, step: int, _timestep, values: dict) -> dict:
@@ -77,9 +85,9 @@ def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distille
     for average in distiller.average.values():  # jumps that are not the base's
         average.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     bank = Bank()
-    drawn = distiller._draws
+    drawn = distiller.draws
     distiller.visited_pieces(bank, 2)
-    distiller._draws = drawn
+    distiller.draws = drawn
     _, cond, noise = distiller._draw(2)
     states: dict[str, dict[int, Tensor]] = {"jumps": {}, "base": {}}
     plans = {"jumps": jump_plan(distiller.schedule, K, first=False)}
@@ -107,8 +115,7 @@ def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distille
 @pytest.mark.parametrize("kind", ["regression", "consistency"])
 def test_both_ways_bring_the_jumps_closer(distiller: Distiller, kind: str):
     bank = Bank()
-    images = distiller.true_pieces(bank, 96)
-    prompts = bank.prompt[:96]
+    images, prompts = distiller.true_pieces(bank, 96)
     family, schedule = distiller.family, distiller.schedule
     cond, noise = family.encode(PROMPTS), family.noise([11, 12, 13, 14])
 
@@ -207,10 +214,10 @@ def test_folded_into_the_weights_or_as_branches_the_lora_is_the_same(
         nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     bank = Bank()
     distiller.true_pieces(bank, 8)
-    draws, found = distiller._draws, []
+    draws, found = distiller.draws, []
     for folded_from in (1, 99):
         monkeypatch.setattr("shortft.distill.FOLDED_FROM", folded_from)
-        distiller._draws = draws
+        distiller.draws = draws
         loss = distiller.regression_loss(bank, 8).mean()
         found.append([loss, *torch.autograd.grad(loss, list(distiller.parameters.values()))])
     assert float(found[0][0]) > 0.01
@@ -232,6 +239,50 @@ def test_an_update_in_parts_takes_their_mean_gradient(distiller: Distiller):
         torch.testing.assert_close(parameter.grad, gradient / norm, rtol=1e-4, atol=1e-7)
 
 
+def state_of(distiller: Distiller) -> list[Tensor]:
+    weights = (*distiller.parameters.values(), *distiller.average.values())
+    return [weight.detach().clone() for weight in weights]
+
+
+def test_an_update_that_is_not_finite_changes_nothing(distiller: Distiller):
+    bank = Bank()
+    distiller.true_pieces(bank, 4)
+    optimizer = torch.optim.AdamW(distiller.parameters.values(), lr=1e-2)
+    assert distiller.update(lambda: distiller.regression_loss(bank, 4), optimizer) is not None
+    before = state_of(distiller)
+    some = next(iter(distiller.parameters.values())).flatten()[:1]
+    for bad in (
+        lambda: distiller.regression_loss(bank, 4) * torch.inf,
+        lambda: distiller.regression_loss(bank, 4) + (some * 0).sqrt(),  # its gradient alone
+    ):
+        assert distiller.update(bad, optimizer) is None
+        for after, was in zip(state_of(distiller), before, strict=True):
+            torch.testing.assert_close(after, was, rtol=0, atol=0)
+    assert distiller.updates == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e6])  # beyond half precision
+def test_what_is_not_finite_is_not_saved(distiller: Distiller, tmp_path: Path, value: float):
+    path = tmp_path / "shortcut.safetensors"
+    distiller.save(path)
+    before = path.read_bytes()
+    next(iter(distiller.average.values())).view(-1)[0] = value
+    with pytest.raises(UserError, match="not finite in half precision"):
+        distiller.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_shortcut_before_it(distiller: Distiller, small_disk: Path):
+    path = small_disk / "shortcut.safetensors"
+    path.write_bytes(b"before")
+    (small_disk / "other").write_bytes(bytes(240_000))
+    with pytest.raises(OSError, match="No space left on device") as told:
+        distiller.save(path)
+    assert told.value.filename == str(path)
+    assert path.read_bytes() == b"before"
+    assert {file.name for file in small_disk.iterdir()} == {path.name, "other"}
+
+
 class Slow:
     """A distiller on a clock that stands still but for what it says its work takes."""
 
@@ -241,12 +292,13 @@ class Slow:
         self.now, self.updates, self.walks, self.measured, self.first = 0.0, 0, 0, 0, 0.0
         monkeypatch.setattr("shortft.distill_command.time.monotonic", lambda: self.now)
 
-    def true_pieces(self, bank: Bank, count: int) -> torch.Tensor:
+    def true_pieces(self, bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
         self.walks += 1
         self.now += 20
-        piece = torch.zeros(count, 1, 1, 1)
-        bank.add(0, 1, piece, piece, torch.zeros(count, dtype=torch.long))
-        return piece
+        piece, rows = torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.long)
+        if bank is not None:
+            bank.add(0, 1, piece, piece, rows)
+        return piece, rows
 
     def visited_pieces(self, bank: Bank, count: int) -> None:
         self.now += 20
@@ -284,20 +336,57 @@ def test_walking_and_measuring_leave_time_to_train(monkeypatch: pytest.MonkeyPat
     assert slow.now == pytest.approx(3600 + 100 * slow.measured, abs=40)
 
 
+def test_consistency_keeps_ends_alone_and_each_with_its_prompt(
+    distiller: Distiller, monkeypatch: pytest.MonkeyPatch
+):
+    walk, learn = distiller.true_pieces, distiller.consistency_loss
+    walked: list[tuple[Tensor, Tensor]] = []
+    learned: list[tuple[Tensor, Tensor]] = []
+
+    def true_pieces(bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
+        assert bank is None
+        walked.append(walk(bank, count))
+        return walked[-1]
+
+    def consistency_loss(images: Tensor, prompts: Tensor, count: int) -> Tensor:
+        learned.append((images, prompts))
+        return learn(images, prompts, count)
+
+    monkeypatch.setattr(distiller, "true_pieces", true_pieces)
+    monkeypatch.setattr(distiller, "consistency_loss", consistency_loss)
+    made = distill(
+        distiller,
+        "consistency",
+        minutes=0.05,
+        batch_size=4,
+        learning_rate=1e-3,
+        trajectories=12,
+        report=lambda _: None,
+        save=lambda: None,
+        fidelity=lambda: pytest.fail("not for so short a time"),
+        sample_batch=3,
+    )
+    assert made == 3 * len(walked)
+    for found, parts in zip(learned[-1], zip(*walked, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(parts))
+    # Put together once, when trajectories come, not for every update.
+    assert len({id(images) for images, _ in learned}) <= len(walked)
+
+
 def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkeypatch):
-    model = str(save_tiny(tmp_path / "model"))
+@pytest.fixture
+def make(tmp_path: Path, model: Path) -> Callable[..., Path]:
+    """`shortft shortcut` on the tiny model; its output."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    output = tmp_path / "shortcut.safetensors"
 
-    def make(**change: object) -> None:
-        settings = {
-            "model": model,
-            "output": output,
+    def call(**change: object) -> Path:
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "output": tmp_path / "shortcut.safetensors",
             "kind": "regression",
             "minutes": 0.05,
             "rank": 4,
@@ -312,12 +401,62 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
             "resume": False,
             "precision": "fp32",
             "prompts_path": prompts,
+            **change,
         }
-        distill_command(**{**settings, **change})  # type: ignore[arg-type]
+        distill_command(**settings)
+        return Path(settings["output"])
 
-    make()
+    return call
+
+
+def test_a_shortcut_that_diverges_is_given_up_and_the_file_before_it_stays(make, monkeypatch):
+    output = make(minutes=0.01)
+    before = output.read_bytes(), output.with_suffix(".json").read_bytes()
+    losses: list[Tensor] = []
+
+    def diverges(landed: Tensor, *_: Tensor) -> Tensor:
+        losses.append(landed.flatten(1).sum(1) * torch.nan)
+        return losses[-1]
+
+    monkeypatch.setattr("shortft.distill._distance", diverges)
+    with pytest.raises(UserError, match=r"--learning-rate 0.001: 10 updates in a row .* lower it"):
+        make(minutes=0.1, resume=True)
+    assert len(losses) == 10
+    assert (output.read_bytes(), output.with_suffix(".json").read_bytes()) == before
+
+
+def test_a_resume_draws_what_was_not_drawn_before(make, monkeypatch):
+    places: set[tuple[int, ...]] = set()
+
+    def seed_of(seed: int, *place: int) -> int:
+        places.add(place)
+        return sample_seed(seed, *place)
+
+    monkeypatch.setattr("shortft.distill.sample_seed", seed_of)
+    output = make(minutes=0.01)
+    first = places.copy()
+    told = output.with_suffix(".json")
+    places.clear()
+    make(minutes=0.01, resume=True)
+    assert places
+    assert places.isdisjoint(first)
+    card = json.loads(told.read_text())
+    assert card.pop("draws") > 0
+    told.write_text(json.dumps(card))  # as files were before it was kept
+    make(minutes=0.01, resume=True)
+    told.write_text(json.dumps({**card, "draws": "many"}))
+    with pytest.raises(UserError, match=r"shortcut\.json: damaged"):
+        make(resume=True)
+
+
+def test_command_line_makes_and_checks_a_shortcut(
+    make, model: Path, tmp_path: Path, capsys, monkeypatch
+):
+    prompts = tmp_path / "prompts.txt"
+    output = make()
     card = json.loads(output.with_suffix(".json").read_text())
     assert card["updates"] > 0
+    assert card["model"] == model.name  # which travels: no folders of the author's disk
     with pytest.raises(UserError, match="--resume"):
         make()
     make(resume=True)
@@ -339,7 +478,9 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
     make(output=stopped, minutes=0.01, resume=True, shortcut_guidance_scale=1.0)
     assert own_guidance(stopped) == 1.0
     figures = tmp_path / "figures.json"
-    code = check_command(model, str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts)
+    code = check_command(
+        str(model), str(output), 4, 0, STEPS, K, SCALE, None, None, figures, prompts
+    )
     assert code in (0, 1)
     assert json.loads(figures.read_text())[0]["evaluations"] == 2  # it runs as it was made to
     assert ("no better" in capsys.readouterr().out) == (code == 1)
@@ -352,7 +493,7 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
     output = tmp_path / "large.safetensors"
     make(output=output, minutes=0.01, resolution=32)
     assert json.loads(output.with_suffix(".json").read_text())["resolution"] == 32
-    options = ["--model", model, "--prompts", str(prompts), "--num-prompts", "2"]
+    options = ["--model", str(model), "--prompts", str(prompts), "--num-prompts", "2"]
     options += ["--num-steps", str(STEPS), "--segments", str(K), "--shortcut", str(output)]
     large = ["--resolution", "32"]
     found = {}
@@ -370,11 +511,44 @@ def test_command_line_makes_and_checks_a_shortcut(tmp_path: Path, capsys, monkey
     assert json.loads(card.read_text())["resolution"] == 32
 
 
-def test_a_shortcut_without_a_card_runs_unguided_and_a_damaged_card_is_told(tmp_path: Path):
+@pytest.mark.parametrize(("name", "scale"), [("flux", 3.5), ("sd3", 1.0)])
+def test_without_a_word_it_is_guided_where_that_costs_nothing(
+    make, name: str, scale: float, tmp_path: Path
+):
+    """FLUX.1-dev takes guidance as an input of the network, so that its student does too."""
+    folder = saved(name, tmp_path / name)
+    asked = {"model": str(folder), "guidance_scale": 3.5, "num_steps": 6, "segments": 3}
+    output = make(minutes=0.01, **asked, shortcut_guidance_scale=None)
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert card["shortcut_guidance_scale"] == scale
+    assert card["held_out"][0]["evaluations"] == 1
+    with pytest.raises(UserError, match=f"the LoRA was made for {scale}"):
+        make(resume=True, **asked, shortcut_guidance_scale=2.0)
+    output.with_suffix(".json").unlink()  # as other tools' few-step LoRAs are
+    run = {"num_steps": 6, "segments": 3, "rank": 2, "guidance_scale": 3.5, "tensorboard": False}
+    run["method"] = "tune_shortcut"
+    run |= {"model": str(folder), "shortcut": str(output), "output_dir": tmp_path / "run"}
+    trainer = Trainer(Config(**run))
+    assert trainer.nets.shortcut_guidance.scale == scale
+    assert trainer.jumps_by == ["file", scale, 1.0]
+    nets, *_ = load_tuned(trainer.family, write_adapter(trainer), None, None)
+    assert nets.shortcut_guidance.scale == scale
+    assert Trainer(Config(**run, shortcut_guidance_scale=2.0)).nets.shortcut_guidance.scale == 2
+    figures = tmp_path / "check.json"
+    options = ["--model", str(folder), "--shortcut", str(output), "--output", str(figures)]
+    options += ["--num-prompts", "2", "--num-steps", "6", "--segments", "3"]
+    found = []
+    for more in ([], ["--shortcut-guidance-scale", str(scale)]):
+        assert main(["check", *options, "--guidance-scale", "3.5", *more]) in (0, 1)
+        found.append(json.loads(figures.read_text())[0]["jump_error"])
+    assert found[0] == found[1]
+
+
+def test_without_a_card_nobody_says_its_guidance_and_a_damaged_card_is_told(tmp_path: Path):
     path = tmp_path / "few-step.safetensors"
-    assert own_guidance(path) == 1
+    assert own_guidance(path) is None
     path.with_suffix(".json").write_text('{"kind": "regression"}')
-    assert own_guidance(path) == 1
+    assert own_guidance(path) is None
     path.with_suffix(".json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         own_guidance(path)

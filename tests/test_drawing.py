@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -171,13 +172,20 @@ def test_failed_write_leaves_the_old_file_and_no_debris(
     def full_disk(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[:1])
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_files_name(small_disk: Path) -> None:
+    path = write_atomic(small_disk / "picture.png", b"old")
+    with pytest.raises(OSError, match=r"No space left on device: .*picture.png"):
+        write_atomic(path, bytes(300_000))
+    assert path.read_bytes() == b"old"
 
 
 # --- curves ----------------------------------------------------------------------------------

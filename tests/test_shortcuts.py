@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 
 from shortft import shortcuts
 from shortft.config import Config
@@ -16,19 +17,30 @@ from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import SHORTCUT, ModelNetworks
 from shortft.plans import Step
-from shortft.shortcuts import HYPER, PUBLISHED, Shortcut, check_shortcut, find_shortcut
+from shortft.shortcuts import (
+    HYPER,
+    PUBLISHED,
+    Shortcut,
+    check_shortcut,
+    find_shortcut,
+    known_guidance,
+)
 from shortft.trainer import Trainer
 from test_chain import make_shortcut
 from tiny import tiny_family
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str, str | None]]:
-    """A hub that has everything; what was asked of it."""
+    """A hub that has every LoRA, without a JSON file; what was asked of it."""
     asked: list[tuple[str, str, str | None]] = []
 
     def download(repo: str, file: str, revision: str | None = None) -> str:
         asked.append((repo, file, revision))
+        if file.endswith(".json"):
+            raise EntryNotFoundError(f"404: {file}")
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
         return str(tmp_path / file)
@@ -73,18 +85,48 @@ def test_published_ones_run_as_their_authors_say(hub, name: str, tmp_path: Path)
                 find_shortcut("some/model", place, wanted.steps + 1)
 
 
-def test_a_file_that_is_called_as_many_others_runs_unguided(tmp_path: Path):
+def test_a_file_that_is_called_as_many_others_is_not_the_published_one(tmp_path: Path):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     path.touch()
-    assert find_shortcut("some/model", str(path), 5) == Shortcut(path)
+    assert find_shortcut("some/model", str(path), 5) == Shortcut(path, None)
     path.with_suffix(".json").write_text('{"shortcut_guidance_scale": 2.5}')
     assert find_shortcut("some/model", str(path), 5).guidance_scale == 2.5
 
 
 def test_any_file_on_the_hub(hub):
     find_shortcut("some/model", "owner/name/sub/x.safetensors@v1", 4)
-    assert hub == [("owner/name", "sub/x.safetensors", "v1")]
+    assert hub == [("owner/name", f"sub/x.{end}", "v1") for end in ("safetensors", "json")]
     assert check_shortcut("--shortcut", "owner/name/x.safetensors")
+
+
+def in_cache(cache: Path, *files: str, absent: str = "") -> None:
+    """owner/name as the hub's library keeps it: its `main` with these files."""
+    place = cache / "models--owner--name"
+    for file in files:
+        copy = place / "snapshots" / COMMIT / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text('{"shortcut_guidance_scale": 2.5}' if file.endswith(".json") else "")
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    if absent:
+        (place / ".no_exist" / COMMIT).mkdir(parents=True)
+        (place / ".no_exist" / COMMIT / absent).touch()
+
+
+def test_one_on_the_hub_brings_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub's own library, which no network reaches here: its cache tells what was there."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    name = "owner/name/x.safetensors"
+    in_cache(tmp_path, "x.safetensors")
+    assert known_guidance("some/model", name, 4) is None
+    with pytest.raises(UserError, match=r"x\.json of owner/name cannot be fetched"):
+        find_shortcut("some/model", name, 4)  # there may be one
+    in_cache(tmp_path, "x.json")
+    for at in ("", "@main", f"@{COMMIT}"):
+        assert find_shortcut("some/model", name + at, 4).guidance_scale == 2.5
+        assert known_guidance("some/model", name + at, 4) == 2.5
+    in_cache(tmp_path, "y.safetensors", absent="y.json")
+    assert find_shortcut("some/model", "owner/name/y.safetensors", 4).guidance_scale is None
 
 
 def test_a_published_one_at_the_users_revision(hub):

@@ -6,7 +6,6 @@ An adapter is a directory: one LoRA file per number in diffusers' own layout, an
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from shortft.errors import UserError
 from shortft.networks import lora_name
 from shortft.plans import Placement, parts_for
 from shortft.schedule import Cut, Schedule
-from shortft.weights_file import check_weights_file
+from shortft.weights_file import check_weights_file, disk_error
 
 if TYPE_CHECKING:
     from shortft.networks import ModelNetworks
@@ -131,9 +130,7 @@ def save_adapter(
         _put_back(old, directory)
         if isinstance(error, OSError):
             raise
-        full = "os error 28" in str(error)  # safetensors has exceptions of its own
-        code = errno.ENOSPC if full else errno.EIO
-        raise OSError(code, os.strerror(code), str(directory)) from error
+        raise disk_error(error, directory) from error
     _put_back(old, directory)
 
 

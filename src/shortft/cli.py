@@ -286,7 +286,10 @@ def check(
     guidance_scale: GuidanceOption = None,
     shortcut_guidance_scale: Annotated[
         float | None,
-        typer.Option(min=1, help="Guidance of the shortcut; default: its own, or unguided."),
+        typer.Option(
+            min=1,
+            help="Guidance of the shortcut; default: its own, else 1, or the chain's on FLUX.1.",
+        ),
     ] = None,
     shortcut_scale: Annotated[
         float | None, typer.Option(help="Scale of the shortcut's LoRA; default: its own, or 1.")
@@ -342,8 +345,12 @@ def shortcut(
     segments: SegmentsOption = 4,
     guidance_scale: GuidanceOption = None,
     shortcut_guidance_scale: Annotated[
-        float, typer.Option(min=1, help="Guidance that the shortcut runs with; 1 = none.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=1,
+            help="Guidance that the shortcut runs with; default: 1 (none), on FLUX.1 the chain's.",
+        ),
+    ] = None,
     trajectories: Annotated[
         int, typer.Option(min=1, help="Size of the teacher's bank, as far as time allows.")
     ] = 2000,

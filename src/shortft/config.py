@@ -141,7 +141,7 @@ class Config(BaseModel):
         None,
         ge=1,
         description="Guidance of the shortcut, at least 1 (= unguided); none = its own: what the "
-        "JSON file beside it or its publisher names, or unguided.",
+        "JSON file beside it or its publisher names, else 1, or the chain's on FLUX.1.",
     )
     shortcut_scale: float | None = Field(
         None, gt=0, description="Scale of the shortcut's LoRA, above 0; none = its own, or 1."

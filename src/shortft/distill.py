@@ -9,6 +9,7 @@ chain. `consistency` is trajectory-segmented consistency distillation (Hyper-SD 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shortft.chain import run_chain
@@ -26,6 +28,7 @@ from shortft.plans import base_plan
 from shortft.schedule import Schedule, jump, segments, to_x0_eps
 from shortft.seeds import generator, sample_seed
 from shortft.shortcut_check import Jumper, Jumping, jump_plan
+from shortft.weights_file import disk_error
 
 FOLDED_FROM = 8  # samples
 EMA_DECAY = 0.998
@@ -120,7 +123,7 @@ class Distiller:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.teacher_view = view(self.student, frozen=True)
         self.updates = 0
-        self._draws = 0
+        self.draws = 0  # so far; each is another, also after a resume that goes on counting
 
     # What the base does
 
@@ -136,11 +139,11 @@ class Distiller:
         return latents
 
     @torch.no_grad()
-    def true_pieces(self, bank: Bank, count: int) -> Tensor:
-        """Add `count` true trajectories to the bank, cut at the segments' jumps.
+    def true_pieces(self, bank: Bank | None, count: int) -> tuple[Tensor, Tensor]:
+        """Walk `count` true trajectories; add them to a bank, cut at the segments' jumps.
 
         Returns:
-            (count, C, h, w) the chain's ends, in main memory.
+            in main memory, the chain's ends (count, C, h, w) and rows (count,) of the prompt table.
         """
         rows, cond, noise = self._draw(count)
         states: dict[int, Tensor] = {}
@@ -149,9 +152,9 @@ class Distiller:
             base_plan(self.schedule), nets, noise, cond, self.schedule, observe=states.__setitem__
         )
         for part in self.parts:
-            if len(part) > 1:
+            if bank is not None and len(part) > 1:
                 bank.add(part[0], part[-1], states[part[0]], states[part[-1]], rows)
-        return states[self.schedule.num_steps].cpu()
+        return states[self.schedule.num_steps].cpu(), rows
 
     @torch.no_grad()
     def visited_pieces(self, bank: Bank, count: int) -> None:
@@ -223,12 +226,15 @@ class Distiller:
 
     def update(
         self, draw: Callable[[], Tensor], optimizer: torch.optim.Optimizer, parts: int = 1
-    ) -> float:
-        """One optimizer update and one of the average; the mean loss.
+    ) -> float | None:
+        """One optimizer update and one of the average.
 
         Args:
             draw: losses (B,) of fresh samples; called once for each of the update's parts, which
                 weigh alike.
+
+        Returns:
+            the mean loss; None where it or the gradient is not finite, which changes nothing.
         """
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -236,7 +242,9 @@ class Distiller:
             loss = draw().mean() / parts
             loss.backward()
             total += float(loss.detach())
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        if not (math.isfinite(total) and bool(norm.isfinite())):
+            return None
         optimizer.step()
         self.updates += 1
         decay = min(EMA_DECAY, (1 + self.updates) / (10 + self.updates))
@@ -252,12 +260,27 @@ class Distiller:
         return module
 
     def save(self, path: Path) -> None:
-        """Write the averaged LoRA in diffusers' layout."""
+        """Write the averaged LoRA in diffusers' layout; what was there stays where that fails.
+
+        Raises:
+            UserError: if it is not finite.
+            OSError: if the disk refuses.
+        """
+        state = {key: v.half() for key, v in lora_state(self.averaged(), SHORTCUT).items()}
+        if not all(bool(v.isfinite().all()) for v in state.values()):
+            raise UserError(
+                f"--output {path}: not written, since weights of the LoRA are not finite in half "
+                "precision; lower --learning-rate"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}")
-        state = {key: v.half() for key, v in lora_state(self.averaged(), SHORTCUT).items()}
-        self.family.save_lora(state, scratch)
-        scratch.replace(path)
+        try:
+            self.family.save_lora(state, scratch)
+            scratch.replace(path)
+        except SafetensorError as error:
+            raise disk_error(error, path) from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Go on from a saved LoRA of the same rank and layers."""
@@ -310,8 +333,8 @@ class Distiller:
 
     def _draw(self, count: int) -> tuple[Tensor, Conditioning, Tensor]:
         rows = self._rows(len(self.cond), count)
-        self._draws += 1
-        seeds = [sample_seed(self.seed, 1, self._draws, i) for i in range(count)]
+        self.draws += 1
+        seeds = [sample_seed(self.seed, 1, self.draws, i) for i in range(count)]
         return rows, self._prompts(rows), self.family.noise(seeds)
 
     def _prompts(self, rows: Tensor) -> Conditioning:
@@ -321,8 +344,8 @@ class Distiller:
         return torch.randint(total, (count,), generator=self._generator())
 
     def _generator(self) -> torch.Generator:
-        self._draws += 1
-        return generator(self.seed, 2, self._draws)
+        self.draws += 1
+        return generator(self.seed, 2, self.draws)
 
 
 def _folded(layer: Any) -> Tensor:

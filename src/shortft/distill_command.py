@@ -17,6 +17,8 @@ from shortft.distill import Bank, Distiller
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.families.base import Guidance
+from shortft.model_card import public
+from shortft.networks import few_step_guidance
 from shortft.seeds import sample_seed
 from shortft.shortcut_check import Fidelity, Jumper, measure
 
@@ -24,6 +26,7 @@ Kind = Literal["regression", "consistency"]
 AT_FIRST, LATER = 0.2, 0.4  # shares of the budget that walking trajectories may take
 MEASURING = 0.1  # seconds of measuring on the way for each second of training, but for the first
 EVERY = 150  # seconds between saves
+MAX_SKIPPED = 10  # updates in a row
 
 
 def distill(
@@ -49,6 +52,9 @@ def distill(
 
     Returns:
         how many trajectories were made.
+
+    Raises:
+        UserError: after `MAX_SKIPPED` updates in a row that were not finite.
     """
     began = time.monotonic()
     budget = minutes * 60
@@ -56,26 +62,28 @@ def distill(
         distiller.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
     bank = Bank()
-    images: list[Tensor] = []
-    prompts: list[Tensor] = []
-    made = 0
+    images, prompts = torch.empty(0), torch.empty(0, dtype=torch.long)
+    made = skipped = 0
     walking = measuring = took = 0.0  # seconds
     last_report = last_save = began
 
     def more(count: int) -> None:
-        nonlocal made
-        before = len(bank)
-        images.append(distiller.true_pieces(bank, count))
-        prompts.append(bank.prompt[before : before + count])
+        nonlocal made, images, prompts
+        if kind == "regression":
+            distiller.true_pieces(bank, count)
+        else:  # it learns from the ends alone, which take a fraction of a bank's memory
+            ends, rows = distiller.true_pieces(None, count)
+            images = torch.cat([images, ends]) if made else ends
+            prompts = torch.cat([prompts, rows])
         made += count
 
     def draw() -> Tensor:
         count = batch_size // accumulation
         if kind == "regression":
             return distiller.regression_loss(bank, count)
-        return distiller.consistency_loss(torch.cat(images), torch.cat(prompts), count)
+        return distiller.consistency_loss(images, prompts, count)
 
-    smooth: float | None = None
+    smooth = math.nan
     while (elapsed := time.monotonic() - began) < budget:
         done = elapsed / budget
         share = AT_FIRST + LATER * done * bool(distiller.updates)
@@ -95,7 +103,15 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = distiller.update(draw, optimizer, accumulation)
-        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        skipped = skipped + 1 if loss is None else 0
+        if skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"--learning-rate {learning_rate:g}: {MAX_SKIPPED} updates in a row had a loss or "
+                "a gradient that is not finite; lower it, or use --precision fp32; what was saved "
+                "before stays"
+            )
+        if loss is not None:
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
         now = time.monotonic()
         if now - last_report > 20:
             last_report = now
@@ -116,19 +132,23 @@ def distill(
     return made
 
 
-def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
+def check_same_chain(told: Path, chain: dict[str, Any]) -> int:
     """Refuse to go on with a LoRA that was made for another chain or guidance.
 
     Args:
         told: the JSON file beside the LoRA; one that is not there tells nothing.
 
+    Returns:
+        how many draws the LoRA has learned from; 0 where that is not told.
+
     Raises:
         UserError: naming the settings that differ.
     """
     if not told.is_file():
-        return
+        return 0
     try:
         before = dict(json.loads(told.read_text(encoding="utf-8")))
+        draws = int(before.get("draws", 0))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{told}: damaged ({error}); restore or remove it") from error
     for name, value in chain.items():
@@ -137,6 +157,7 @@ def check_same_chain(told: Path, chain: dict[str, Any]) -> None:
                 f"{option_name(name)} {value}: {told} says that the LoRA was made for "
                 f"{before[name]}; give that to go on by --resume, or another --output"
             )
+    return draws
 
 
 def distill_command(
@@ -150,7 +171,7 @@ def distill_command(
     num_steps: int,
     segments: int,
     guidance_scale: float | None,
-    shortcut_guidance_scale: float,
+    shortcut_guidance_scale: float | None,
     trajectories: int,
     seed: int,
     resume: bool,
@@ -197,7 +218,9 @@ def distill_command(
         )
     family.encode_ahead([*training, *held_out])  # the text encoders are not needed any more
     cond = family.encode(training).to("cpu")
-    student_guidance = Guidance(shortcut_guidance_scale)
+    student_guidance = Guidance(
+        shortcut_guidance_scale or few_step_guidance(family, guidance.scale)
+    )
     distiller = Distiller(
         family,
         schedule,
@@ -209,7 +232,7 @@ def distill_command(
         seed=seed,
     )
     chain: dict[str, Any] = {  # what the LoRA is made for, and how it runs
-        "model": model,
+        "model": public(model),
         "resolution": family.resolution,
         "num_steps": num_steps,
         "segments": segments,
@@ -219,11 +242,16 @@ def distill_command(
     told = output.with_suffix(".json")
 
     def tell(figures: dict[str, Any]) -> None:
-        write_atomic(told, (json.dumps({**chain, **figures}, indent=2) + "\n").encode())
+        whole = {**chain, "draws": distiller.draws, **figures}
+        write_atomic(told, (json.dumps(whole, indent=2) + "\n").encode())
+
+    def save() -> None:
+        distiller.save(output)
+        tell({})  # figures of an earlier LoRA say nothing of this one
 
     going_on = resume and output.exists()
     if going_on:
-        check_same_chain(told, chain)
+        distiller.draws = check_same_chain(told, chain)
         distiller.load(output)
     if not (going_on and told.is_file()):
         tell({})  # before the LoRA: one without its guidance would run with another
@@ -251,7 +279,7 @@ def distill_command(
         learning_rate=learning_rate,
         trajectories=trajectories,
         report=console.print,
-        save=lambda: distiller.save(output),
+        save=save,
         fidelity=lambda: fidelity()[0],
         # Without gradient there is room for more.
         sample_batch=min(64, 2 * batch_size // accumulation),

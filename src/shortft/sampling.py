@@ -12,7 +12,7 @@ from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
 from shortft.methods.catalog import METHODS
-from shortft.networks import ModelNetworks
+from shortft.networks import ModelNetworks, few_step_guidance
 from shortft.plans import Plan, base_plan, inference_plan
 from shortft.schedule import Schedule, segments
 from shortft.shortcuts import GUIDED, Shortcut, find_shortcut
@@ -94,10 +94,11 @@ def load_tuned(
     if placement == "few_step":
         auto = METHODS["tune_shortcut"].shortcut or GUIDED
         shortcut = find_shortcut(own["model"], own["shortcut"], info.segments, auto)
+    jump_scale = own.get("shortcut_guidance_scale") or shortcut.guidance_scale
     nets = ModelNetworks(
         family,
         guidance=Guidance(scale),
-        shortcut_guidance=Guidance(own.get("shortcut_guidance_scale") or shortcut.guidance_scale),
+        shortcut_guidance=Guidance(jump_scale or few_step_guidance(family, info.guidance_scale)),
         loras=info.loras,
         rank=info.rank,
         shortcut=shortcut.path,

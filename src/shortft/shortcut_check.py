@@ -194,7 +194,7 @@ def check_command(
     from shortft.drawing.files import write_atomic
     from shortft.families import load_family
     from shortft.inputs import read_prompts
-    from shortft.networks import SHORTCUT, activate, view
+    from shortft.networks import SHORTCUT, activate, few_step_guidance, view
     from shortft.seeds import sample_seed
     from shortft.shortcuts import find_shortcut
 
@@ -213,12 +213,13 @@ def check_command(
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     schedule = family.schedule(num_steps)
     check_segments(schedule, segments)
+    own = shortcut_guidance_scale or found.guidance_scale or few_step_guidance(family, scale)
     module = view(family.denoiser)
     family.load_lora(module, path, SHORTCUT)
     activate(module, {SHORTCUT: shortcut_scale or found.scale})
     module.requires_grad_(False)
     jumpers = [
-        Jumper("shortcut", module, Guidance(shortcut_guidance_scale or found.guidance_scale)),
+        Jumper("shortcut", module, Guidance(own)),
         Jumper("plain DDIM jump", family.denoiser, Guidance()),
         Jumper("guided DDIM jump", family.denoiser, Guidance(scale)),
     ]

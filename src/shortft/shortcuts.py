@@ -148,12 +148,13 @@ class Shortcut:
 
     Attributes:
         path: the LoRA's file; None where the base itself jumps.
-        guidance_scale: what it was made to run with.
+        guidance_scale: what it was made to run with; None where nobody says, see
+            `networks.few_step_guidance`.
         scale: of the LoRA.
     """
 
     path: Path | None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = 1.0
     scale: float = 1.0
 
 
@@ -185,7 +186,8 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     """The shortcut that an option names; one on the hub is downloaded.
 
     A file is run as its publisher says where its name is that of a published one, or as the JSON
-    file beside it says where it was made by `shortft shortcut`; any other runs unguided.
+    file beside it says, on the hub too, where it was made by `shortft shortcut`; of any other
+    nobody says.
 
     Args:
         segments: of the chain; most published shortcuts fit one number only.
@@ -197,13 +199,15 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     if name in BASE_JUMPS:
         return Shortcut(None)
     known = check_fits(model, name, segments)
-    on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
+    on_hub = _on_hub(name)
     if name in PUBLISHED:
         published = PUBLISHED[name]
         path = fetch(name, published.repo, published.file, None)
         check_content(name, path, published)
     elif on_hub:
-        path = fetch(name, on_hub[1], on_hub[2], on_hub[3])
+        path = fetch(name, *on_hub)
+        if known is None:
+            return Shortcut(path, guidance_in(fetch_card(name, *on_hub)))
     elif ships(name):
         path = asset("shortcut", SHIPPED[auto if name == AUTO else name])
     else:
@@ -215,8 +219,10 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     return Shortcut(path, own_guidance(path))
 
 
-def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> float:
+def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> float | None:
     """What a shortcut will run with, without a download: as `find_shortcut` finds.
+
+    None where nobody says, or only the hub would.
 
     Raises:
         UserError: if it fits other segments, or none ships for the model.
@@ -228,7 +234,14 @@ def known_guidance(model: str, name: str, segments: int, auto: str = GUIDED) -> 
         return known.guidance_scale
     if ships(name):
         return find_shortcut(model, name, segments, auto).guidance_scale
-    return own_guidance(Path(name)) if Path(name).is_file() else 1.0
+    on_hub = _on_hub(name)
+    if on_hub is None:
+        return own_guidance(Path(name))
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, file, revision = on_hub
+    card = try_to_load_from_cache(repo, card_name(file), revision=revision)
+    return guidance_in(Path(card)) if isinstance(card, str) else None
 
 
 def check_fits(model: str, name: str, segments: int) -> Published | None:
@@ -249,14 +262,23 @@ def check_fits(model: str, name: str, segments: int) -> Published | None:
             "one by `shortft shortcut`), a published one such as "
             f"{', '.join(list(PUBLISHED)[:3])}, or `none` for DDIM jumps"
         )
-    on_hub = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
-    known = PUBLISHED.get(name) or _published(*(on_hub.groups()[:2] if on_hub else (None, name)))
+    repo, file, _ = _on_hub(name) or (None, name, None)
+    known = PUBLISHED.get(name) or _published(repo, file)
     if known is not None and known.steps not in (None, segments):
         raise UserError(
             f"--segments {segments}: {name} was distilled for {known.steps} steps; use "
             f"--segments {known.steps}"
         )
     return known
+
+
+def _on_hub(name: str) -> tuple[str, str, str | None] | None:
+    """Repository, file and revision that a name stands for; None where it is no place on the hub.
+
+    A local file of that name comes first.
+    """
+    place = None if Path(name).is_file() else _ON_HUB.fullmatch(name)
+    return (place[1], place[2], place[3]) if place else None
 
 
 def _published(repo: str | None, file: str) -> Published | None:
@@ -286,6 +308,33 @@ def fetch(name: str, repo: str, file: str, revision: str | None) -> Path:
         ) from error
 
 
+def fetch_card(name: str, repo: str, file: str, revision: str | None) -> Path | None:
+    """The JSON file beside a LoRA on the hub, downloaded once; None where it has none.
+
+    Raises:
+        UserError: if that cannot be found out.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    card = card_name(file)
+    if try_to_load_from_cache(repo, card, revision=revision) is _CACHED_NO_EXIST:
+        return None
+    try:
+        return fetch(name, repo, card, revision)
+    except UserError as error:
+        why = error.__cause__
+        # A hub that cannot be reached does not say that there is none.
+        if isinstance(why, LocalEntryNotFoundError) or not isinstance(why, EntryNotFoundError):
+            raise
+        return None
+
+
+def card_name(file: str) -> str:
+    """The JSON file that lies beside a LoRA."""
+    return file.removesuffix(".safetensors") + ".json"
+
+
 def check_content(name: str, path: Path, published: Published) -> None:
     """Whether a downloaded file is the one that is known under its name.
 
@@ -303,21 +352,30 @@ def check_content(name: str, path: Path, published: Published) -> None:
         )
 
 
-def own_guidance(shortcut: Path) -> float:
+def own_guidance(shortcut: Path) -> float | None:
     """The guidance that a shortcut was made to run with, from the JSON file beside it.
 
-    1 (unguided, as released few-step LoRAs run) where there is no such file.
+    None where there is no such file, or it does not say.
 
     Raises:
         UserError: if the file is damaged.
     """
     card = shortcut.with_suffix(".json")
-    if not card.is_file():
-        return 1.0
+    return guidance_in(card) if card.is_file() else None
+
+
+def guidance_in(card: Path | None) -> float | None:
+    """The guidance that a shortcut's JSON file names, if any.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if card is None:
+        return None
     try:
         return float(json.loads(card.read_text(encoding="utf-8"))["shortcut_guidance_scale"])
     except KeyError:
-        return 1.0
+        return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{card}: damaged ({error}); restore it, or remove it and give "

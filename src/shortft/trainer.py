@@ -23,7 +23,7 @@ from shortft.inputs import read_prompts
 from shortft.judge import judge
 from shortft.launcher import check_split, processes
 from shortft.methods import METHODS
-from shortft.networks import ModelNetworks
+from shortft.networks import ModelNetworks, few_step_guidance
 from shortft.optimizers import make_optimizer
 from shortft.out_of_memory import advice, ran_out
 from shortft.plans import Plan, inference_plan, parts_for, stage_bounds
@@ -116,20 +116,20 @@ class Trainer:
         for stage in range(1, self.stages + 1):
             if not self.plan(0, stage).grad_calls:
                 raise UserError(f"--method {config.method}: no step of its plan carries gradient")
+        scale = config.guidance_scale
+        self.guidance_scale = self.family.default_guidance_scale if scale is None else scale
+        own = config.shortcut_guidance_scale or shortcut.guidance_scale
+        jump_scale = own or few_step_guidance(self.family, self.guidance_scale)
         # How jumps run, which a shortcut's file alone does not say; None without a shortcut.
         self.jumps_by = method.shortcut and [
             config.shortcut if config.shortcut in BASE_JUMPS else "file",
-            config.shortcut_guidance_scale or shortcut.guidance_scale,
+            jump_scale,
             config.shortcut_scale or shortcut.scale,
         ]
-        scale = config.guidance_scale
-        self.guidance_scale = self.family.default_guidance_scale if scale is None else scale
         self.nets = ModelNetworks(
             self.family,
             guidance=Guidance(self.guidance_scale, config.guidance_grad),
-            shortcut_guidance=Guidance(
-                config.shortcut_guidance_scale or shortcut.guidance_scale, config.guidance_grad
-            ),
+            shortcut_guidance=Guidance(jump_scale, config.guidance_grad),
             loras=lora_count(config),
             rank=config.rank,
             seed=config.seed,
@@ -139,8 +139,8 @@ class Trainer:
             plain_jumps=config.shortcut == "plain",
         )
         self.reward = scorer_of(config, config.reward, device)
-        own = held_out_scorer(config.model, device)
-        self.held_out: WeightedSum | None = WeightedSum([(own, 1.0)]) if own else None
+        usual = held_out_scorer(config.model, device)
+        self.held_out: WeightedSum | None = WeightedSum([(usual, 1.0)]) if usual else None
         if config.held_out:
             self.held_out = scorer_of(config, config.held_out, device)
         self.guard = Guard(config.guard_drop, config.best_by)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from shortft.errors import UserError
@@ -47,6 +49,12 @@ def check_weights_file(name: str, path: Path, remedy: str) -> None:
     whole = 8 + length + max(ends)
     if size != whole:
         raise UserError(f"{name}: has {size:,} bytes instead of {whole:,}; {remedy}")
+
+
+def disk_error(error: Exception, path: Path) -> OSError:
+    """What safetensors' own exception says of a file that the disk refused."""
+    code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def sha256(path: Path) -> str:

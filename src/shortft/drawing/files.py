@@ -17,6 +17,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         tmp.write_bytes(data)
         tmp.replace(target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # that of a full disk names no file
+        raise
     finally:
         tmp.unlink(missing_ok=True)
     return target

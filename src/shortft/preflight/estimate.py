@@ -20,6 +20,7 @@ from shortft.families.base import Guidance
 from shortft.families.pipeline import PipelineFamily
 from shortft.launcher import processes
 from shortft.methods import METHODS
+from shortft.networks import few_step_guidance
 from shortft.plans import Plan, inference_plan, parts_for, stage_bounds
 from shortft.precision import settled
 from shortft.preflight.disk import disk_bytes
@@ -116,7 +117,8 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
         if name in REWARD_MODELS and (name != "clip" or config.reward_model)  # else it is tiny
     ]
     numbers = lora_numbers(config, family)
-    jump_guidance = Guidance(shortcut_guidance(config), config.guidance_grad)
+    own = shortcut_guidance(config) or few_step_guidance(family, guidance.scale)
+    jump_guidance = Guidance(own, config.guidance_grad)
     adapted = lora_layers(family)
     call, jump, picture = _counted(family, adapted, (guidance, jump_guidance))
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
@@ -199,11 +201,11 @@ def _at(found: Counted, micro: int, speed: float) -> Call:
     return Call(seconds, 2 * seconds, found.kept * micro)  # frozen weights: backward costs as much
 
 
-def shortcut_guidance(config: Config) -> float:
-    """What the shortcut will run with, as far as it is known before a download; else unguided."""
+def shortcut_guidance(config: Config) -> float | None:
+    """What the shortcut will run with, as far as it is known before a download."""
     own = METHODS[config.method].shortcut
     if config.shortcut_guidance_scale is not None or own is None:
-        return config.shortcut_guidance_scale or 1.0
+        return config.shortcut_guidance_scale
     return known_guidance(config.model, config.shortcut, config.segments, own)
 
 
