@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -284,7 +285,8 @@ def export_command(
             own = {"guidance_scale": info.guidance_scale, "resolution": family.resolution}
             del family  # one copy of the model at a time
             gc.collect()
-            _write_merged(open_pipeline(base, pipeline, precision), scratch, output_dir)
+            whole = open_pipeline(base, pipeline, precision)
+            _write_merged(whole, public(base, info.local), scratch, output_dir)
             write_atomic(output_dir / DEFAULTS_FILE, (json.dumps(own) + "\n").encode())
             notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
         else:
@@ -360,8 +362,15 @@ def _write_loras(
     ]
 
 
-def _write_merged(pipe: Any, plain: Path, output_dir: Path) -> None:
-    """A whole diffusers pipeline with the plain LoRA folded into its denoiser."""
+def _write_merged(pipe: Any, base: str, plain: Path, output_dir: Path) -> None:
+    """A whole diffusers pipeline with the plain LoRA folded into its denoiser.
+
+    Args:
+        base: what its configurations say they come from, in place of a folder of this disk.
+    """
+    for part in (pipe, *pipe.components.values()):
+        if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
+            part.register_to_config(_name_or_path=base)
     with quiet():
         pipe.load_lora_weights(str(plain), weight_name=lora_file(1))
         pipe.fuse_lora()
