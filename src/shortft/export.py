@@ -244,6 +244,8 @@ def export_command(
         check_space(output_dir, needed, "the export's files", remedy)
     # Whether it fits, before anything is written.
     load_into(ModelNetworks(family, guidance=Guidance(), loras=info.loras, rank=info.rank), adapter)
+    # While its text encoders are there.
+    zeros = kind == "comfyui" and _empty_is_zeros(family)
     name = adapter.resolve().parent.name or "shortft"
     output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
@@ -290,7 +292,9 @@ def export_command(
             write_atomic(output_dir / DEFAULTS_FILE, (json.dumps(own) + "\n").encode())
             notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
         else:
-            notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
+            notes += _write_loras(
+                kind, states, info, plain, family, name, scratch, output_dir, zeros_for_empty=zeros
+            )
     if kind == "diffusers":
         fields = json.dumps(vars(shareable(info)), indent=2) + "\n"
         write_atomic(output_dir / "adapter.json", fields.encode())
@@ -323,6 +327,12 @@ def _measured_on(info: AdapterInfo, prompts_path: Path | None, num_prompts: int)
     return [listed[i * len(listed) // count] for i in range(count)]
 
 
+def _empty_is_zeros(family: Family) -> bool:
+    """Whether a model is given zeros for the empty prompt, not its own encoding of it."""
+    negative = family.encode([""]).negative
+    return negative.numel() > 0 and not bool(negative.any())
+
+
 def _write_loras(
     kind: Format,
     states: list[dict[str, Tensor]],
@@ -332,6 +342,8 @@ def _write_loras(
     name: str,
     scratch: Path,
     output_dir: Path,
+    *,
+    zeros_for_empty: bool,
 ) -> list[str]:
     """The numbered LoRAs and the plain one; for ComfyUI a workflow that schedules them."""
 
@@ -351,7 +363,15 @@ def _write_loras(
     if kind != "comfyui":
         return []
     stacked = adapters_at(segments(schedule, info.parts), info.placement)
-    graph = workflow(family.name, schedule, stacked, names, info.guidance_scale, family.resolution)
+    graph = workflow(
+        family.name,
+        schedule,
+        stacked,
+        names,
+        info.guidance_scale,
+        family.resolution,
+        zeros_for_empty=zeros_for_empty,
+    )
     write_atomic(output_dir / "workflow.json", (json.dumps(graph, indent=2) + "\n").encode())
     switched = "" if info.parts == 1 else "The hooks switch each LoRA on at its timesteps. "
     return [
