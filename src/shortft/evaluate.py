@@ -16,7 +16,7 @@ from shortft.assets import prompts_for
 from shortft.errors import NotFinite, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
-from shortft.inputs import read_prompts
+from shortft.inputs import make_output_dir, read_prompts
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
@@ -245,6 +245,7 @@ def evaluate_command(
     check_models_are_used(scorers(reward), reward_model)
     info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
+    make_output_dir("--output-dir", output_dir)
     console = Console()
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more
@@ -263,7 +264,6 @@ def evaluate_command(
             plain_chain=plain_chain,
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(output_dir / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     draw_before_after(output_dir / "before_after.png", pictures, seeds)
     console.print(summary_table(figures))

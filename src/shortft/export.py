@@ -30,7 +30,7 @@ from shortft.errors import NotFinite, UserError
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
-from shortft.inputs import read_prompts
+from shortft.inputs import make_output_dir, read_prompts
 from shortft.model_card import card, header, public, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
@@ -228,6 +228,7 @@ def export_command(
     )
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     check_space(output_dir, needed, "the export's files", "")
+    make_output_dir("--output-dir", output_dir)
     console = Console()
     with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
@@ -247,7 +248,6 @@ def export_command(
     # While its text encoders are there.
     zeros = kind == "comfyui" and _empty_is_zeros(family)
     name = adapter.resolve().parent.name or "shortft"
-    output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".plain-", dir=output_dir) as made:
         scratch = Path(made)
