@@ -362,6 +362,19 @@ def test_a_score_that_is_not_finite_ends_a_run_by_name_and_a_trial_as_the_worst(
     assert shop.learning_rate("symmetry", "refl") == 1e-3
 
 
+def test_a_reward_that_fails_at_an_evaluation_leaves_its_traceback_with_the_run(base, monkeypatch):
+    monkeypatch.setattr(compare_runs, "_training", lambda *_: 0)
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, num_prompts=6))
+
+    def fails(job: Job, config: Config) -> dict[str, Any]:
+        raise UserError("--reward symmetry: raised KeyError") from KeyError("why")
+
+    with pytest.raises(UserError, match=r"refl.seed-0: --reward symmetry: raised KeyError"):
+        compare_runs.run_all(shop, fails, lambda _: None)
+    (job,) = shop.jobs()
+    assert "why" in (job.folder / "error.txt").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_comparison_asks_its_training_to_end(number, tmp_path: Path):
     child = (

@@ -26,7 +26,7 @@ from shortft.adapter import AdapterInfo, load_into, lora_file, read_info
 from shortft.assets import prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
-from shortft.errors import NotFinite, UserError
+from shortft.errors import NotFinite, UserError, traceback_file
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
@@ -159,10 +159,11 @@ def measure_loss(
     batch_size: int = 16,
 ) -> Loss:
     """Mean rewards of base, scheduled and plain adapter on the same prompts and noise."""
-    from shortft.evaluate import base_pictures, evaluate
+    from shortft.evaluate import base_pictures, evaluate, try_out
     from shortft.rewards import make_reward
 
     reward = make_reward(reward_spec, reward_model, str(family.device))
+    try_out(reward, prompts, family)
     before = base_pictures(
         family,
         prompts,
@@ -205,7 +206,10 @@ def export_command(
     """
     from rich.console import Console
 
-    if output_dir.exists() and any(output_dir.iterdir()):
+    from shortft.evaluate import noting_cause
+
+    earlier = output_dir / traceback_file()  # of a reward that has been mended since
+    if output_dir.exists() and any(path != earlier for path in output_dir.iterdir()):
         raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
     info = read_info(adapter)
     if info.placement == "few_step":
@@ -229,6 +233,7 @@ def export_command(
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     check_space(output_dir, needed, "the export's files", "")
     make_output_dir("--output-dir", output_dir)
+    earlier.unlink(missing_ok=True)
     console = Console()
     with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
@@ -264,7 +269,8 @@ def export_command(
             listed = _measured_on(info, prompts_path, num_prompts)
             family.encode_ahead(listed)  # the text encoders are not needed any more
             try:
-                with console.status(f"measuring on {len(listed)} held-out prompts"):
+                status = console.status(f"measuring on {len(listed)} held-out prompts")
+                with status, noting_cause(output_dir):
                     loss = measure_loss(
                         family,
                         adapter,
