@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from shortft import __version__
-from shortft.assets import asset
+from shortft.assets import EMBEDDED, asset
 from shortft.cli import main
 from shortft.compare import charts, figures, report
 from shortft.compare import runs as compare_runs
@@ -842,7 +842,8 @@ def test_a_method_may_carry_options(base):
 @pytest.mark.parametrize("budget", sorted(BUDGETS))
 def test_budgets_name_what_there_is(base, budget: str):
     spec = BUDGETS[budget]
-    shop = Workshop(base.output_dir, spec, base.model_copy(update={"shortcut": "plain"}))
+    embedded = base.model_copy(update={"model": EMBEDDED, "shortcut": "auto"})
+    shop = Workshop(base.output_dir, spec, embedded)
     assert len(shop.configs) == len(spec.methods) * len(spec.rewards)
 
 
@@ -959,3 +960,17 @@ def test_a_guard_that_stops_needs_looks(change, base, tmp_path: Path):
     spec = dataclasses.replace(BUDGETS["laptop"], methods=("refl",), **change)
     with pytest.raises(UserError, match="--guard stop: needs evaluations on the way"):
         Workshop(tmp_path, spec, base.model_copy(update={"guard": "stop"}))
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "message"),
+    [("auto", "--shortcut auto: no shortcut ships for"), ("hyper-sd15-8", "--segments 4: ")],
+)
+def test_a_shortcut_that_a_method_lacks_is_told_before_any_run(
+    shortcut: str, message: str, base, tmp_path: Path
+):
+    other = base.model_copy(update={"shortcut": shortcut})
+    with pytest.raises(UserError, match=message):
+        Workshop(tmp_path, Comparison(("draft_k", "shortft"), ("symmetry",)), other)
+    Workshop(tmp_path, Comparison(("draft_k", "refl"), ("symmetry",)), other)
+    Workshop(tmp_path, Comparison(("draft_k", "shortft:shortcut=none"), ("symmetry",)), other)
