@@ -48,6 +48,7 @@ NODES: dict[str, tuple[Inputs, Inputs, tuple[str, ...]]] = {
         ("MODEL",),
     ),
     "CLIPTextEncode": ({"clip": "CLIP", "text": "STRING"}, {}, ("CONDITIONING",)),
+    "ConditioningZeroOut": ({"conditioning": "CONDITIONING"}, {}, ("CONDITIONING",)),
     "FluxGuidance": (
         {"conditioning": "CONDITIONING", "guidance": (0.0, 100.0)},
         {},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +208,19 @@ def test_places_that_cannot_be_written(told: Told, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shortft.sampling.sample", full)
     assert "runs/x.png: No space left on device; mend it" in told("sample", "--prompt", "x")
 
+    def nameless(code: int) -> Callable[..., None]:
+        def fail(*args: object, **options: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return fail
+
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        monkeypatch.setattr("shortft.sampling.sample", nameless(code))
+        assert f"{os.strerror(code)}; mend it" in told("sample", "--prompt", "x")
+    monkeypatch.setattr("shortft.sampling.sample", nameless(errno.EBADF))
+    with pytest.raises(OSError, match="Bad file"):
+        main(["sample", "--prompt", "x"])
+
     def large(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
@@ -211,6 +228,39 @@ def test_places_that_cannot_be_written(told: Told, tmp_path: Path, monkeypatch):
     assert "out of memory; a smaller --batch-size" in told("sample", "--prompt", "x")
     monkeypatch.setattr("shortft.demo.demo", large)  # which has no such options
     assert "out of memory; end what else runs here" in told("demo")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("sample", "--output-dir"),
+        ("evaluate", "--output-dir"),
+        ("export", "--output-dir"),
+        ("check", "--output"),
+        ("shortcut", "--output"),
+        ("plan", "--png"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_told_first(
+    command: str, option: str, told: Told, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    place = Path("/proc/out")  # where nobody can
+    options = ["--prompt", "x"] if command == "sample" else []
+    if command in ("evaluate", "export"):
+        options = ["--adapter", str(adapter_of(tiny_family(), tmp_path / "adapter"))]
+    given = place if option == "--output-dir" else place / "file.png"
+    message = told(command, *options, option, given)
+    assert message.startswith(f"error: {option} {place}: cannot be written (")
+
+
+def test_a_full_disk_is_told_first(told: Told, small_disk: Path, no_model: None):
+    with contextlib.suppress(OSError):
+        (small_disk / "large").write_bytes(bytes(2**19))
+    message = told("sample", "--prompt", "x", "--output-dir", small_disk)
+    assert "cannot be written (No space left on device)" in message
+    assert [file.name for file in small_disk.iterdir()] == ["large"]
 
 
 # LoRAs

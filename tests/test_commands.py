@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,35 @@ def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     steps = ["--strength", "0", "--output-dir", str(zero)]
     assert main(["sample", *options, *adapter, *steps, "--guidance-scale", "7.5"]) == 0
     assert [p.read_bytes() for p in sorted(zero.iterdir())] == [p.read_bytes() for p in base]
+
+
+def test_pictures_are_kept_as_they_are_drawn(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    prompts = ["red apple", "panda face", "rocket"]
+    options = ["--model", str(run / "model"), "--num-steps", "2", "--seed", "5"]
+    for prompt in prompts:
+        options += ["--prompt", prompt]
+    assert main(["sample", *options, "--output-dir", str(tmp_path / "all")]) == 0
+    whole = sorted((tmp_path / "all").iterdir())
+    options += ["--batch-size", "1"]
+    assert main(["sample", *options, "--output-dir", str(tmp_path / "each")]) == 0
+    each = sorted((tmp_path / "each").iterdir())
+    assert [p.name for p in each] == [p.name for p in whole]
+    decode = PipelineFamily.decode
+    left = [None, None]
+
+    def run_out(self: Any, latents: Tensor) -> Tensor:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+        return decode(self, latents)
+
+    monkeypatch.setattr(PipelineFamily, "decode", run_out)
+    assert main(["sample", *options, "--output-dir", str(tmp_path / "cut")]) == 2
+    assert "No space left on device; mend it" in capsys.readouterr().err
+    cut = sorted((tmp_path / "cut").iterdir())
+    assert [(p.name, p.read_bytes()) for p in cut] == [(p.name, p.read_bytes()) for p in each[:2]]
 
 
 def test_evaluate(run: Path, tmp_path: Path):

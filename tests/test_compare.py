@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,22 @@ import torch
 from safetensors.torch import save_file
 
 from shortft import __version__
-from shortft.assets import asset
+from shortft.assets import EMBEDDED, asset
 from shortft.cli import main
 from shortft.compare import charts, figures, report
 from shortft.compare import runs as compare_runs
 from shortft.compare.command import compare_command
+from shortft.compare.evaluation import evaluator
 from shortft.compare.jobs import RESULT, Job, Workshop, read_result, slug
 from shortft.compare.runs import CLAIM
 from shortft.compare.spec import BUDGETS, Comparison, comparison_from
 from shortft.config import Config, load_config
 from shortft.errors import NotFinite, Stopped, UserError
+from shortft.families import load_family
+from shortft.families.pipeline import PipelineFamily
 from shortft.interrupts import Interrupts
 from shortft.preflight import machine
+from test_adapter import make_adapter
 
 PROMPTS = [f"thing {i}" for i in range(30)]
 SPEC = Comparison(
@@ -360,6 +366,62 @@ def test_a_score_that_is_not_finite_ends_a_run_by_name_and_a_trial_as_the_worst(
         compare_runs.run_all(shop, blank, lambda _: None)
     assert "nan" in read_result(next(t for t in shop.trials() if t.learning_rate > 1e-3))["failed"]
     assert shop.learning_rate("symmetry", "refl") == 1e-3
+
+
+def test_a_reward_that_fails_at_an_evaluation_leaves_its_traceback_with_the_run(base, monkeypatch):
+    monkeypatch.setattr(compare_runs, "_training", lambda *_: 0)
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, num_prompts=6))
+
+    def fails(job: Job, config: Config) -> dict[str, Any]:
+        raise UserError("--reward symmetry: raised KeyError") from KeyError("why")
+
+    with pytest.raises(UserError, match=r"refl.seed-0: --reward symmetry: raised KeyError"):
+        compare_runs.run_all(shop, fails, lambda _: None)
+    (job,) = shop.jobs()
+    assert "why" in (job.folder / "error.txt").read_text()
+
+
+def test_an_evaluation_leaves_no_model_where_the_runs_need_the_memory(base, monkeypatch):
+    """As on a GPU; in main memory the model stays, with the same figures."""
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, num_prompts=3))
+    (job,) = shop.jobs()
+    make_adapter(job.folder / "adapter")
+    row = {"update": 1, "seconds": 1.0, "peak_memory_bytes": 1, "skipped": False}
+    (job.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    loaded: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+    decode = PipelineFamily.decode
+
+    def load(*args: Any, **options: Any) -> Any:
+        family: Any = load_family(*args, **options)
+        loaded.append((weakref.ref(family.denoiser), weakref.ref(family._text.text_encoder)))
+        return family
+
+    def alone(self: Any, latents: torch.Tensor) -> torch.Tensor:
+        gc.collect()
+        assert loaded[-1][0]() is not None
+        assert (loaded[-1][1]() is None) != keeps
+        return decode(self, latents)
+
+    monkeypatch.setattr("shortft.families.load_family", load)
+    monkeypatch.setattr(PipelineFamily, "decode", alone)
+    found = []
+    for keeps in (True, False):
+        measure = evaluator(shop, keeps=keeps)
+        found += [measure(job, shop.config(job)) for _ in range(2)]
+        assert (loaded[-1][0]() is None) != keeps
+    assert len(loaded) == 3
+    for figures_of in found[1:]:
+        assert figures_of["reward"]["after"] == pytest.approx(found[0]["reward"]["after"])
+        assert figures_of["reward"]["before"] == pytest.approx(found[0]["reward"]["before"])
+
+    def blank(*args: Any, **options: Any) -> None:
+        raise NotFinite("nan", tuned=True)
+
+    monkeypatch.setattr("shortft.evaluate.evaluate", blank)
+    with pytest.raises(NotFinite) as caught:
+        evaluator(shop, keeps=False)(job, shop.config(job))
+    assert caught.value.tuned
+    assert loaded[-1][0]() is None  # also while the error is told
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -829,7 +891,8 @@ def test_a_method_may_carry_options(base):
 @pytest.mark.parametrize("budget", sorted(BUDGETS))
 def test_budgets_name_what_there_is(base, budget: str):
     spec = BUDGETS[budget]
-    shop = Workshop(base.output_dir, spec, base.model_copy(update={"shortcut": "plain"}))
+    embedded = base.model_copy(update={"model": EMBEDDED, "shortcut": "auto"})
+    shop = Workshop(base.output_dir, spec, embedded)
     assert len(shop.configs) == len(spec.methods) * len(spec.rewards)
 
 
@@ -946,3 +1009,17 @@ def test_a_guard_that_stops_needs_looks(change, base, tmp_path: Path):
     spec = dataclasses.replace(BUDGETS["laptop"], methods=("refl",), **change)
     with pytest.raises(UserError, match="--guard stop: needs evaluations on the way"):
         Workshop(tmp_path, spec, base.model_copy(update={"guard": "stop"}))
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "message"),
+    [("auto", "--shortcut auto: no shortcut ships for"), ("hyper-sd15-8", "--segments 4: ")],
+)
+def test_a_shortcut_that_a_method_lacks_is_told_before_any_run(
+    shortcut: str, message: str, base, tmp_path: Path
+):
+    other = base.model_copy(update={"shortcut": shortcut})
+    with pytest.raises(UserError, match=message):
+        Workshop(tmp_path, Comparison(("draft_k", "shortft"), ("symmetry",)), other)
+    Workshop(tmp_path, Comparison(("draft_k", "refl"), ("symmetry",)), other)
+    Workshop(tmp_path, Comparison(("draft_k", "shortft:shortcut=none"), ("symmetry",)), other)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from shortft import evaluate as evaluation
+from shortft.cli import main
+from shortft.errors import UserError
 from shortft.evaluate import evaluate
 from shortft.rewards import make_reward
 from shortft.rewards.base import Reward
+from shortft.rewards.combine import WeightedSum
+from shortft.rewards.symmetry import Symmetry
 from test_adapter import make_adapter
 from test_step import OWN, by_prompt
 from tiny import tiny_family
@@ -52,3 +57,58 @@ def test_an_adapter_without_strength_is_the_base_and_scores_are_of_their_prompts
     told = figures["reward"]
     assert told["before"] == told["after"] == pytest.approx(float(expected.mean()), rel=1e-4)
     assert told["change_interval"] == (0, 0)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_reward_that_fails_is_named_before_anything_is_drawn(
+    command: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def draws(*args: object) -> None:
+        raise AssertionError("something was drawn before the reward was tried")
+
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "out"
+    make_adapter(adapter)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    own = tmp_path / "own.py"
+    own.write_text("def f(images, prompts):\n    return images[0, 7]\n")
+    options = ["--adapter", str(adapter), "--model", str(model), "--output-dir", str(out)]
+    options += ["--prompts", str(tmp_path / "prompts.txt"), "--reward", f"{own}:f"]
+    with monkeypatch.context() as patched:
+        patched.setattr("shortft.sampling.run_chain", draws)
+        assert main([command, *options]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --reward {own}:f: raised IndexError")
+    assert told.count("\n") == 1
+    assert "images[0, 7]" in (out / "error.txt").read_text()
+    own.write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    assert main([command, *options]) == 0
+    assert (out / "error.txt").exists() == (command == "evaluate")  # an export is for others
+
+
+def test_a_reward_that_fails_later_is_named_too_and_trying_it_changes_no_random_numbers(
+    tmp_path: Path,
+):
+    make_adapter(tmp_path)
+    seen: list[int] = []
+
+    class Moody(Symmetry):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            seen.append(len(images))
+            torch.rand(1)
+            if len(seen) > 1:
+                raise KeyError("mood")
+            return super().__call__(images, prompts)
+
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="--reward symmetry: raised KeyError: 'mood'"):
+        evaluate(
+            tiny_family(), tmp_path, WeightedSum([(Moody(), 1.0)]), PROMPTS, seeds=2, num_steps=4
+        )
+    assert seen == [2, 6]
+    drawn = torch.rand(1)  # after the one number of the second call
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(2)[1:])

@@ -204,7 +204,7 @@ def test_a_merged_model_must_fit_on_the_disk_in_its_number_format(
     command += ["--model", str(half), "--output-dir", str(tmp_path / "out"), "--no-measure"]
     assert main(command) == 2
     assert "pass --precision bf16 for half of it" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
     assert main([*command, "--precision", "bf16"]) == 0
     file = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
@@ -318,7 +318,8 @@ def test_comfyui_workflow(name: str):
     files = [f"x-{n}.safetensors" for n in range(1, k + 1)]
     family = name.partition(",")[0]
     size = 512 if name == "flux2, small" else 1024
-    graph = workflow(family, schedule, stacked, files, 3.5, size)
+    zeros = family == "sdxl"
+    graph = workflow(family, schedule, stacked, files, 3.5, size, zeros_for_empty=zeros)
     comfyui_nodes.check(graph)
     shift = math.exp(2.02) if family == "flux2" else schedule.shift  # of the model in ComfyUI
     hooks = [n["inputs"] for n in graph.values() if n["class_type"] == "SetHookKeyframes"]
@@ -352,6 +353,9 @@ def test_comfyui_workflow(name: str):
         assert graph[encoded[0]]["class_type"] == "FluxGuidance"
     for side, prompted in (("positive", True), ("negative", False)):
         assert ("PROMPT" in texts_behind(graph, sampler[side])) == prompted
+        encoded = graph[sampler[side][0]]["inputs"]["cond_NEW"]
+        zeroed = graph[encoded[0]]["class_type"] == "ConditioningZeroOut"
+        assert zeroed == (zeros and not prompted)
 
 
 def comfy_flux_shift(

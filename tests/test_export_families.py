@@ -107,11 +107,16 @@ def test_round_trip(tmp_path: Path, name: str):
         nets, schedule, plan = load_tuned(family, folder, None, None)
         return generate(family, nets, plan, schedule, family.encode(PROMPTS), SEEDS)
 
-    out = {kind: tmp_path / kind for kind in ("diffusers", "kohya", "merged")}
+    out = {kind: tmp_path / kind for kind in ("diffusers", "kohya", "comfyui", "merged")}
     for kind, folder in out.items():
         command = ["export", "--adapter", str(adapter), "--format", kind, "--no-measure"]
         assert main([*command, "--output-dir", str(folder)]) == 0
-        assert str(tmp_path) not in (folder / "README.md").read_text()
+        written = [file for file in folder.rglob("*") if file.is_file()]
+        assert not [file for file in written if str(tmp_path).encode() in file.read_bytes()]
+    # SDXL's pipeline takes zeros for an empty negative prompt, the others what they encode.
+    assert ("ConditioningZeroOut" in (out["comfyui"] / "workflow.json").read_text()) == (
+        name == "sdxl"
+    )
     base, scheduled, plain = drawn(fresh(name)), ours(adapter), ours(tmp_path / "plain")
     assert min(float((x - base).abs().max()) for x in (scheduled, plain)) > 1e-2
     assert (scheduled - plain).abs().max() > 1e-3

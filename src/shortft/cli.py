@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -48,6 +49,8 @@ app = typer.Typer(
 )
 
 BUDGETS = ("updates", "minutes")
+# A disk's faults; what is written to a file that is open tells no name.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 # Every mistake in option names or values; typer keeps this class of click in varying places.
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 
@@ -79,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None or (error.filename is None and error.errno not in DISK):
             raise
-        message = f"{error.filename}: {error.strerror}; mend it, or name another place"
+        what = error.filename or "the disk that is written to"
+        message = f"{what}: {error.strerror}; mend it, or name another place"
     except Exception as error:
         if isinstance(error, USAGE_ERROR):
             message = error.format_message()  # type: ignore[attr-defined]

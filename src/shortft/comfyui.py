@@ -69,6 +69,8 @@ def workflow(
     files: Sequence[str],
     guidance_scale: float,
     resolution: int,
+    *,
+    zeros_for_empty: bool = False,
 ) -> Graph:
     """A text-to-image workflow in which every LoRA acts at its own timesteps.
 
@@ -79,6 +81,8 @@ def workflow(
         stacked: how many LoRAs act at each of its steps.
         files: names of the LoRA files 1…k in ComfyUI's `models/loras`.
         resolution: height and width of the pictures.
+        zeros_for_empty: the empty prompt is zeros for the model, not what its text encoders make of
+            no text, as for SDXL.
     """
     build = Builder()
     model, clip, vae = _load(build, family, schedule, resolution)
@@ -89,6 +93,8 @@ def workflow(
         encoded = build.add("CLIPTextEncode", clip=clip, text=text)
         if family == "flux" and text:
             encoded = build.add("FluxGuidance", conditioning=encoded, guidance=guidance_scale)
+        if zeros_for_empty and not text:
+            encoded = build.add("ConditioningZeroOut", conditioning=encoded)
         sides.append(
             build.add(
                 "ConditioningSetProperties",

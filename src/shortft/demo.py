@@ -26,7 +26,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     from shortft.drawing.curves import draw_curves, read_metrics
     from shortft.drawing.files import write_atomic
     from shortft.drawing.progress import summary_table
-    from shortft.evaluate import draw_before_after, evaluate
+    from shortft.evaluate import draw_before_after, evaluate, noting_cause
     from shortft.families import load_family
     from shortft.precision import settled
     from shortft.recipes import recipe
@@ -51,7 +51,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     scored_by = make_reward(config.reward, config.reward_model, family.device)
     listed = prompts_for(EMBEDDED, "held_out")
     prompts = [listed[i * len(listed) // NUM_PROMPTS] for i in range(NUM_PROMPTS)]
-    with console.status("") as status:
+    with console.status("") as status, noting_cause(output_dir):
         figures, pictures = evaluate(
             family,
             adapter,

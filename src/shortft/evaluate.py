@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import torch
 from torch import Tensor
 
 from shortft.assets import prompts_for
-from shortft.errors import NotFinite, UserError
+from shortft.drawing.files import write_atomic
+from shortft.errors import NotFinite, UserError, traceback_file
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
-from shortft.inputs import read_prompts
+from shortft.inputs import make_output_dir, read_prompts
+from shortft.judge import judge
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
@@ -25,7 +30,7 @@ from shortft.rewards.combine import WeightedSum
 from shortft.rewards.places import check_models_are_used
 from shortft.rewards.spec import scorers
 from shortft.sampling import generate, load_tuned
-from shortft.seeds import generator, sample_seed
+from shortft.seeds import generator, given_back, sample_seed
 
 EVALUATION = 4  # place in the seed's name space
 SMALL = 256  # pixels
@@ -77,8 +82,10 @@ def evaluate(
 
     Raises:
         NotFinite: if a score is not a finite number.
-        UserError: if the adapter is damaged or does not fit the model.
+        UserError: if the adapter is damaged or does not fit the model, or the reward misbehaves,
+            which it is tried for before anything is drawn.
     """
+    try_out(reward, prompts, family)
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
     nets, schedule, plan = load_tuned(
         family, adapter, num_steps, guidance_scale, strength, plain_chain=plain_chain
@@ -99,8 +106,9 @@ def evaluate(
     cond = family.encode(repeated)
     after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
     progress("scores")
+    judged = partial(_judged, reward)
     with reward.at_work(family.device):
-        scores = [_in_batches(reward, images, repeated, family) for images in (before, after)]
+        scores = [_in_batches(judged, images, repeated, family) for images in (before, after)]
     scored = [
         _finite(reward.name, found, repeated, tuned)
         for found, tuned in zip(scores, (False, True), strict=True)
@@ -161,6 +169,35 @@ def base_pictures(
     noises = _noise_seeds(seed, len(prompts), seeds)
     plan = base_plan(schedule)
     return generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
+
+
+def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:
+    """Score two pictures of noise: a reward that cannot is told before hours of drawing.
+
+    Raises:
+        UserError: naming the reward that misbehaves.
+    """
+    two, side = prompts[:2], family.resolution
+    images = torch.rand(len(two), 3, side, side, generator=generator(0, EVALUATION))
+    with given_back(), reward.at_work(family.device):  # a user's may draw random numbers
+        _in_batches(partial(_judged, reward), images, two, family)
+
+
+def _judged(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:
+    # Without a limit: a batch here is larger than in training, which `--reward-seconds` is for.
+    return reward.combine(judge(reward, images, prompts, seconds=None))
+
+
+@contextmanager
+def noting_cause(folder: Path) -> Iterator[None]:
+    """Keep the traceback of somebody else's error in a file there, as `judge` says."""
+    try:
+        yield
+    except UserError as error:
+        if error.__cause__ is not None:
+            text = "".join(traceback.format_exception(error.__cause__))
+            write_atomic(folder / traceback_file(), text.encode())
+        raise
 
 
 def _noise_seeds(seed: int, prompts: int, noises: int) -> list[int]:
@@ -235,7 +272,6 @@ def evaluate_command(
     from rich.console import Console
 
     from shortft.adapter import read_info
-    from shortft.drawing.files import write_atomic
     from shortft.drawing.progress import summary_table
 
     if seeds < 2:
@@ -245,11 +281,12 @@ def evaluate_command(
     check_models_are_used(scorers(reward), reward_model)
     info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
+    make_output_dir("--output-dir", output_dir)
     console = Console()
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more
     scored_by = make_reward(reward, reward_model, family.device)
-    with console.status("") as status:
+    with console.status("") as status, noting_cause(output_dir):
         figures, pictures = evaluate(
             family,
             adapter,
@@ -263,7 +300,6 @@ def evaluate_command(
             plain_chain=plain_chain,
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(output_dir / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     draw_before_after(output_dir / "before_after.png", pictures, seeds)
     console.print(summary_table(figures))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -25,11 +26,11 @@ from shortft.adapter import AdapterInfo, load_into, lora_file, read_info
 from shortft.assets import prompts_for
 from shortft.comfyui import workflow
 from shortft.drawing.files import write_atomic
-from shortft.errors import NotFinite, UserError
+from shortft.errors import NotFinite, UserError, traceback_file
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Family, Guidance
 from shortft.families.files import DEFAULTS_FILE
-from shortft.inputs import read_prompts
+from shortft.inputs import make_output_dir, read_prompts
 from shortft.model_card import card, header, public, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
@@ -158,10 +159,11 @@ def measure_loss(
     batch_size: int = 16,
 ) -> Loss:
     """Mean rewards of base, scheduled and plain adapter on the same prompts and noise."""
-    from shortft.evaluate import base_pictures, evaluate
+    from shortft.evaluate import base_pictures, evaluate, try_out
     from shortft.rewards import make_reward
 
     reward = make_reward(reward_spec, reward_model, str(family.device))
+    try_out(reward, prompts, family)
     before = base_pictures(
         family,
         prompts,
@@ -204,7 +206,10 @@ def export_command(
     """
     from rich.console import Console
 
-    if output_dir.exists() and any(output_dir.iterdir()):
+    from shortft.evaluate import noting_cause
+
+    earlier = output_dir / traceback_file()  # of a reward that has been mended since
+    if output_dir.exists() and any(path != earlier for path in output_dir.iterdir()):
         raise UserError(f"--output-dir {output_dir}: is not empty; name another directory")
     info = read_info(adapter)
     if info.placement == "few_step":
@@ -227,6 +232,8 @@ def export_command(
     )
     needed = 3 * size_of(adapter)  # numbered, plain, and the plain one while it is measured
     check_space(output_dir, needed, "the export's files", "")
+    make_output_dir("--output-dir", output_dir)
+    earlier.unlink(missing_ok=True)
     console = Console()
     with console.status(f"loading {base}"):
         pipeline = pipeline or (None if model else info.config.get("pipeline"))
@@ -243,8 +250,9 @@ def export_command(
         check_space(output_dir, needed, "the export's files", remedy)
     # Whether it fits, before anything is written.
     load_into(ModelNetworks(family, guidance=Guidance(), loras=info.loras, rank=info.rank), adapter)
+    # While its text encoders are there.
+    zeros = kind == "comfyui" and _empty_is_zeros(family)
     name = adapter.resolve().parent.name or "shortft"
-    output_dir.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".plain-", dir=output_dir) as made:
         scratch = Path(made)
@@ -261,7 +269,8 @@ def export_command(
             listed = _measured_on(info, prompts_path, num_prompts)
             family.encode_ahead(listed)  # the text encoders are not needed any more
             try:
-                with console.status(f"measuring on {len(listed)} held-out prompts"):
+                status = console.status(f"measuring on {len(listed)} held-out prompts")
+                with status, noting_cause(output_dir):
                     loss = measure_loss(
                         family,
                         adapter,
@@ -284,11 +293,14 @@ def export_command(
             own = {"guidance_scale": info.guidance_scale, "resolution": family.resolution}
             del family  # one copy of the model at a time
             gc.collect()
-            _write_merged(open_pipeline(base, pipeline, precision), scratch, output_dir)
+            whole = open_pipeline(base, pipeline, precision)
+            _write_merged(whole, public(base, info.local), scratch, output_dir)
             write_atomic(output_dir / DEFAULTS_FILE, (json.dumps(own) + "\n").encode())
             notes.append("The LoRA is merged into the denoiser; load it as a whole model.")
         else:
-            notes += _write_loras(kind, states, info, plain, family, name, scratch, output_dir)
+            notes += _write_loras(
+                kind, states, info, plain, family, name, scratch, output_dir, zeros_for_empty=zeros
+            )
     if kind == "diffusers":
         fields = json.dumps(vars(shareable(info)), indent=2) + "\n"
         write_atomic(output_dir / "adapter.json", fields.encode())
@@ -321,6 +333,12 @@ def _measured_on(info: AdapterInfo, prompts_path: Path | None, num_prompts: int)
     return [listed[i * len(listed) // count] for i in range(count)]
 
 
+def _empty_is_zeros(family: Family) -> bool:
+    """Whether a model is given zeros for the empty prompt, not its own encoding of it."""
+    negative = family.encode([""]).negative
+    return negative.numel() > 0 and not bool(negative.any())
+
+
 def _write_loras(
     kind: Format,
     states: list[dict[str, Tensor]],
@@ -330,6 +348,8 @@ def _write_loras(
     name: str,
     scratch: Path,
     output_dir: Path,
+    *,
+    zeros_for_empty: bool,
 ) -> list[str]:
     """The numbered LoRAs and the plain one; for ComfyUI a workflow that schedules them."""
 
@@ -349,7 +369,15 @@ def _write_loras(
     if kind != "comfyui":
         return []
     stacked = adapters_at(segments(schedule, info.parts), info.placement)
-    graph = workflow(family.name, schedule, stacked, names, info.guidance_scale, family.resolution)
+    graph = workflow(
+        family.name,
+        schedule,
+        stacked,
+        names,
+        info.guidance_scale,
+        family.resolution,
+        zeros_for_empty=zeros_for_empty,
+    )
     write_atomic(output_dir / "workflow.json", (json.dumps(graph, indent=2) + "\n").encode())
     switched = "" if info.parts == 1 else "The hooks switch each LoRA on at its timesteps. "
     return [
@@ -360,8 +388,15 @@ def _write_loras(
     ]
 
 
-def _write_merged(pipe: Any, plain: Path, output_dir: Path) -> None:
-    """A whole diffusers pipeline with the plain LoRA folded into its denoiser."""
+def _write_merged(pipe: Any, base: str, plain: Path, output_dir: Path) -> None:
+    """A whole diffusers pipeline with the plain LoRA folded into its denoiser.
+
+    Args:
+        base: what its configurations say they come from, in place of a folder of this disk.
+    """
+    for part in (pipe, *pipe.components.values()):
+        if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
+            part.register_to_config(_name_or_path=base)
     with quiet():
         pipe.load_lora_weights(str(plain), weight_name=lora_file(1))
         pipe.fuse_lora()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -131,10 +132,12 @@ def check_reward(spec: str, option: str = "--reward") -> str:
 
 
 def check_output_file(option: str, path: Path) -> Path:
-    """Return `path`, its ``~`` expanded, if it is or can become a file."""
+    """Return `path`, its ``~`` expanded, if it is or can become a file; its folder is made."""
     if is_dir(path):
         raise UserError(f"{option} {path}: is a directory; name a file")
-    return check_output_dir(option, path.parent) / path.name
+    folder = check_output_dir(option, path.parent)
+    make_output_dir(option, folder)
+    return folder / path.name
 
 
 def check_output_dir(option: str, path: Path) -> Path:
@@ -152,3 +155,20 @@ def check_output_dir(option: str, path: Path) -> Path:
         shown = repr(str(path))[:80]
         raise UserError(f"{option} {shown}: cannot be a directory ({error})"[:300]) from None
     return path
+
+
+def make_output_dir(option: str, path: Path) -> None:
+    """Make a directory and try to write into it, before any slow work is done for it.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: cannot be written ({error.strerror}); mend it, or name another "
+            "directory"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from shortft.adapter import load_into, read_info
 from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
+from shortft.inputs import make_output_dir
 from shortft.methods.catalog import METHODS
 from shortft.networks import ModelNetworks, few_step_guidance
 from shortft.plans import Plan, base_plan, inference_plan
@@ -32,13 +34,29 @@ def generate(
     batch_size: int = 16,
 ) -> Tensor:
     """(B, 3, H, W) images in [0, 1] on the CPU; sample i depends on cond[i] and seeds[i] alone."""
-    images = []
+    side = family.resolution
+    images = torch.empty(len(seeds), 3, side, side, dtype=torch.float32)
+    for rows, drawn in in_batches(family, nets, plan, schedule, cond, seeds, batch_size):
+        images[rows] = drawn
+    return images
+
+
+@torch.no_grad()
+def in_batches(
+    family: Family,
+    nets: ModelNetworks,
+    plan: Plan,
+    schedule: Schedule,
+    cond: Conditioning,
+    seeds: list[int],
+    batch_size: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The pictures of `generate` as they are drawn: which ones, and the images."""
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
         noise = family.noise(seeds[rows])
         latents = run_chain(plan, nets, noise, cond[rows], schedule)
-        images.append(decode_few(family, latents).float().cpu())
-    return torch.cat(images)
+        yield rows, decode_few(family, latents).float().cpu()
 
 
 @torch.no_grad()
@@ -133,15 +151,16 @@ def sample(
 
     # A wrong path is told before the model is loaded.
     resolution = read_info(adapter).resolution if adapter is not None else None
+    make_output_dir("--output-dir", output_dir)
     console = Console()
     with console.status(f"loading {model}"):
         family = load_family(model, pipeline=pipeline, precision=precision, resolution=resolution)
         nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
         family.encode_ahead(prompts)  # the text encoders are not needed any more
     seeds = [seed + i for i in range(len(prompts))]
+    cond = family.encode(prompts)
     with console.status(f"{len(prompts)} pictures, {plan.calls} steps each"):
-        images = generate(
-            family, nets, plan, schedule, family.encode(prompts), seeds, batch_size=batch_size
-        )
-    for path in save_images(output_dir, images, prompts, seeds):
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        for rows, images in in_batches(family, nets, plan, schedule, cond, seeds, batch_size):
+            saved = save_images(output_dir, images, prompts[rows], seeds[rows], first=rows.start)
+            for path in saved:
+                console.print(str(path), markup=False, highlight=False, soft_wrap=True)

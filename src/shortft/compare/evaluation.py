@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shortft.compare.jobs import SEARCH_SEED, Job, Workshop
 from shortft.config import Config
+from shortft.errors import NotFinite
 from shortft.inputs import read_prompts
 from shortft.methods.catalog import METHODS
 
 if TYPE_CHECKING:
     from shortft.evaluate import Pictures
+    from shortft.families.base import Family
 
 
-def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
-    """What measures a finished run; the base model's pictures are made once."""
+def evaluator(
+    workshop: Workshop, *, keeps: bool | None = None
+) -> Callable[[Job, Config], dict[str, Any]]:
+    """What measures a finished run; the base model's pictures are made once.
+
+    Args:
+        keeps: the model in memory between evaluations; if not given, unless it would take a GPU's
+            memory from the runs.
+    """
+    import torch
+
     from shortft.doctor import versions
     from shortft.drawing.curves import read_metrics
     from shortft.evaluate import base_pictures, evaluate
-    from shortft.families import load_family
+    from shortft.families import default_device, load_family
     from shortft.preflight import machine
     from shortft.rewards import make_reward
 
     base = workshop.base
     spec = workshop.comparison
-    family = load_family(
+    load = partial(
+        load_family,
         base.model,
         pipeline=base.pipeline,
         precision=base.precision,
         resolution=base.resolution,
     )
+    if keeps is None:
+        keeps = default_device() == "cpu"
+    kept = load() if keeps else None
     before: dict[bool, Any] = {}
     # Without gradient there is room for more than in training.
     at_once = max(1, min(16, 2 * base.batch_size // base.accumulation))
@@ -38,6 +55,26 @@ def evaluator(workshop: Workshop) -> Callable[[Job, Config], dict[str, Any]]:
     def evaluate_run(job: Job, config: Config) -> dict[str, Any]:
         prompts = read_prompts(config.sample_from) if config.sample_from else []
         prompts = prompts[: spec.num_prompts]
+        if kept is not None:
+            return measure(kept, prompts, job, config)
+        measured: dict[str, Any] = {}
+        failed = None
+        try:
+            measured = measure(load_with(prompts), prompts, job, config)
+        except NotFinite as error:  # whose traceback holds the model
+            failed = NotFinite(str(error), tuned=error.tuned)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if failed is not None:
+            raise failed
+        return measured
+
+    def load_with(prompts: list[str]) -> Family:
+        family = load()
+        family.encode_ahead(prompts)
+        return family
+
+    def measure(family: Family, prompts: list[str], job: Job, config: Config) -> dict[str, Any]:
         seed = SEARCH_SEED if job.search else 0
         if job.search not in before:
             before[job.search] = base_pictures(

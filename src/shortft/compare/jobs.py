@@ -18,9 +18,10 @@ from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.fingerprint import fingerprint
 from shortft.inputs import read_prompts
-from shortft.methods.catalog import has_own_rate, variant_settings
+from shortft.methods.catalog import METHODS, has_own_rate, variant_settings
 from shortft.paths import is_file
 from shortft.precision import settled
+from shortft.shortcuts import check_fits
 from shortft.weights_file import sha256
 
 SEARCH_SEED = 1000
@@ -221,7 +222,10 @@ class Workshop:
         settings = self.base.model_dump(mode="json")
         settings.pop("method_options")
         settings |= {"reward": reward, **variant_settings(method, self.base.segments)}
-        return load_config(None, settings)
+        config = load_config(None, settings)
+        if METHODS[config.method].uses_segments:
+            check_fits(config.model, config.shortcut, config.segments)
+        return config
 
     def _write_prompts(self, name: str, prompts: Sequence[str]) -> None:
         write_atomic(self.root / "prompts" / f"{name}.txt", ("\n".join(prompts) + "\n").encode())

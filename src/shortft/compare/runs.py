@@ -64,8 +64,10 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
             killed alone, nobody else takes the run before it ends.
 
     Raises:
-        UserError: if the training failed; its last words are given.
+        UserError: if the training failed, with its last words; if the evaluation did.
     """
+    from shortft.evaluate import noting_cause
+
     settings = job.folder / "run.yaml"
     write_atomic(settings, to_yaml(config).encode())
     command = [sys.executable, "-m", "shortft", "train", str(settings), "--auto-resume"]
@@ -79,9 +81,10 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
             return
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
     try:
-        measured = evaluate_run(job, config)
-    except NotFinite as error:
-        if not (job.search and error.tuned):
+        with noting_cause(job.folder):
+            measured = evaluate_run(job, config)
+    except UserError as error:
+        if not (job.search and isinstance(error, NotFinite) and error.tuned):
             raise UserError(f"{job.folder}: {error}") from error
         _note_failed(job, str(error))
         return

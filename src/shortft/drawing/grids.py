@@ -154,11 +154,14 @@ def save_images(
     images: Tensor,
     prompts: Sequence[str],
     seeds: Sequence[int] | None = None,
+    *,
+    first: int = 0,
 ) -> list[Path]:
     """Save (n, 3, H, W) images in [0, 1] as `0000_red-apple_seed7.png` … inside `directory`.
 
-    Names hold only a-z, 0-9, `-` and `_`, so that no prompt can leave the folder; the number
-    keeps them apart. Prompt and seed are also stored in the PNG as text.
+    Numbers count from `first` on. Names hold only a-z, 0-9, `-` and `_`, so that no prompt can
+    leave the folder; the number keeps them apart. Prompt and seed are also stored in the PNG as
+    text.
     """
     if len(prompts) != len(images) or (seeds is not None and len(seeds) != len(images)):
         raise ValueError(f"{len(images)} images need as many prompts and seeds")
@@ -166,7 +169,7 @@ def save_images(
     for i, (pixels, prompt) in enumerate(zip(to_uint8(images), prompts, strict=True)):
         info = PngInfo()
         info.add_itxt("prompt", prompt)
-        name = f"{i:04d}_{slug(prompt)}"
+        name = f"{first + i:04d}_{slug(prompt)}"
         if seeds is not None:
             info.add_itxt("seed", str(seeds[i]))
             name += f"_seed{seeds[i]}"
