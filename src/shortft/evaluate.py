@@ -30,9 +30,8 @@ from shortft.rewards.combine import WeightedSum
 from shortft.rewards.places import check_models_are_used
 from shortft.rewards.spec import scorers
 from shortft.sampling import generate, load_tuned
-from shortft.seeds import generator, given_back, sample_seed
+from shortft.seeds import EVALUATION, generator, given_back, sample_seed
 
-EVALUATION = 4  # place in the seed's name space
 SMALL = 256  # pixels
 
 

@@ -24,7 +24,7 @@ from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
 from shortft.plans import Step, base_plan
 from shortft.schedule import jump
-from shortft.seeds import sample_seed
+from shortft.seeds import CHECK, sample_seed
 from shortft.shortcuts import ships
 from shortft.trainer import Trainer
 
@@ -34,7 +34,6 @@ PROMPTS = 4
 # lands 16 to 36 % closer (docs/shortcuts.md).
 MARGIN = 0.1
 RECORD = "shortcut_check.json"
-NOISE = 7  # place in the seed's name space
 
 
 def require_faithful(trainer: Trainer, report: Callable[[str], None]) -> None:
@@ -115,7 +114,7 @@ def jump_errors(trainer: Trainer, jumps: list[Step]) -> dict[str, float]:
     stride = max(1, len(trainer.prompts) // PROMPTS)
     prompts = [trainer.prompts[i * stride % len(trainer.prompts)] for i in range(PROMPTS)]
     cond = family.encode(prompts)
-    noise = family.noise([sample_seed(trainer.config.seed, NOISE, i) for i in range(PROMPTS)])
+    noise = family.noise([sample_seed(trainer.config.seed, CHECK, i) for i in range(PROMPTS)])
     jumpers = {
         "shortcut": (nets.module(jumps[0]), nets.shortcut_guidance),
         "base": (nets.base, nets.shortcut_guidance),

@@ -7,9 +7,7 @@ from shortft.errors import UserError
 from shortft.methods import METHODS, make_plan, placement_of
 from shortft.plans import Placement, Plan
 from shortft.schedule import Schedule
-from shortft.seeds import generator
-
-PLAN = 6  # place in the seed's name space
+from shortft.seeds import PLAN, generator
 
 
 def placement(config: Config) -> Placement:

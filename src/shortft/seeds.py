@@ -9,6 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+# Places in the name space of a run's seed, so that no two uses draw the same numbers: noise of
+# updates, order of prompts, sample grids, evaluations, re-noised copies, plans, what others draw,
+# and the check of a shortcut.
+NOISE, PROMPTS, PICTURES, EVALUATION, COPY, PLAN, OTHERS, CHECK = range(1, 9)
+
 
 def sample_seed(seed: int, *position: int) -> int:
     """A 63-bit seed for one place in a run, such as (update, sample index)."""

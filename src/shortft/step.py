@@ -20,9 +20,7 @@ from shortft.out_of_memory import ran_out
 from shortft.plans import Plan
 from shortft.rewards.combine import WeightedSum
 from shortft.schedule import Schedule
-from shortft.seeds import sample_seed
-
-COPY = 5  # place in the seed's name space
+from shortft.seeds import COPY, sample_seed
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,13 @@ from shortft.rewards.combine import WeightedSum
 from shortft.run_plans import lora_count, placement, plan_of, stage_count
 from shortft.sampling import check_segments, generate
 from shortft.schedule import Schedule
-from shortft.seeds import generator, sample_seed
+from shortft.seeds import NOISE, OTHERS, PICTURES, PROMPTS, generator, sample_seed
 from shortft.shortcuts import BASE_JUMPS, Shortcut, find_shortcut
 from shortft.step import Batch, Outcome, train_step
 
 MAX_SKIPPED = 10
 MAX_FLAT = 3
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
-NOISE, PROMPTS, PICTURES, OTHERS = 1, 2, 3, 7  # places in the seed's name space
 
 
 @dataclass
