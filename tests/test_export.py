@@ -26,9 +26,10 @@ from shortft.adapter import AdapterInfo, lora_file, read_info, save_adapter
 from shortft.cli import main
 from shortft.comfyui import Graph, Link, workflow
 from shortft.evaluate import evaluate
-from shortft.export import Loss, _by_sgm, kohya_state, plain_state
+from shortft.export import Loss
 from shortft.families import load_family, open_pipeline
 from shortft.families.base import Guidance
+from shortft.lora_formats import _by_sgm, kohya_state, plain_state
 from shortft.model_card import card, header, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at, inference_plan

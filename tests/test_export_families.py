@@ -15,9 +15,9 @@ from torch import Tensor
 from shortft import load_adapter
 from shortft.adapter import AdapterInfo, lora_file, save_adapter
 from shortft.cli import main
-from shortft.export import write_plain_adapter
 from shortft.families import load_family
 from shortft.families.base import Guidance
+from shortft.lora_formats import write_plain_adapter
 from shortft.networks import ModelNetworks
 from shortft.plans import inference_plan
 from shortft.quiet import quiet

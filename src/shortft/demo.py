@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from shortft.assets import EMBEDDED, prompts_for
+from shortft.cause import noting_cause
 from shortft.config import load_config
 from shortft.errors import UserError
 from shortft.memory import peak_memory_bytes
@@ -26,7 +27,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     from shortft.drawing.curves import draw_curves, read_metrics
     from shortft.drawing.files import write_atomic
     from shortft.drawing.progress import summary_table
-    from shortft.evaluate import draw_before_after, evaluate, noting_cause
+    from shortft.evaluate import draw_before_after, evaluate
     from shortft.families import load_family
     from shortft.precision import settled
     from shortft.recipes import recipe

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shortft.assets import prompts_for
+from shortft.cause import noting_cause
 from shortft.drawing.files import write_atomic
-from shortft.errors import NotFinite, UserError, traceback_file
+from shortft.errors import NotFinite, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
 from shortft.inputs import make_output_dir, read_prompts
@@ -185,18 +184,6 @@ def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:
 def _judged(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:
     # Without a limit: a batch here is larger than in training, which `--reward-seconds` is for.
     return reward.combine(judge(reward, images, prompts, seconds=None))
-
-
-@contextmanager
-def noting_cause(folder: Path) -> Iterator[None]:
-    """Keep the traceback of somebody else's error in a file there, as `judge` says."""
-    try:
-        yield
-    except UserError as error:
-        if error.__cause__ is not None:
-            text = "".join(traceback.format_exception(error.__cause__))
-            write_atomic(folder / traceback_file(), text.encode())
-        raise
 
 
 def _noise_seeds(seed: int, prompts: int, noises: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,13 +11,14 @@ import torch
 
 from shortft import kept
 from shortft.assets import EMBEDDED
+from shortft.cause import note_cause
 from shortft.checkpoint import load_latest, names_in
 from shortft.config import Config, option_name, to_yaml
 from shortft.confined import RUN, refuse_links
 from shortft.drawing.curves import draw_curves
 from shortft.drawing.files import write_atomic
 from shortft.drawing.progress import TrainProgress
-from shortft.errors import AllAtOnce, Stopped, Torn, UserError, traceback_file
+from shortft.errors import AllAtOnce, Stopped, Torn, UserError
 from shortft.faithful import require_faithful
 from shortft.inputs import parse_yaml
 from shortft.interrupts import Interrupts
@@ -339,10 +339,3 @@ def lost_process(error: RuntimeError) -> bool:
     """Whether an error says that another process is gone."""
     text = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or "gloo" in text or "nccl" in text
-
-
-def note_cause(root: Path, reason: BaseException) -> None:
-    """Keep the traceback of somebody else's error in a file of the process that met it."""
-    if reason.__cause__ is not None:
-        text = "".join(traceback.format_exception(reason.__cause__))
-        write_atomic(root / traceback_file(), text.encode())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+from shortft.cause import noting_cause
 from shortft.compare.jobs import RESULT, Job, Workshop
 from shortft.config import Config, to_yaml
 from shortft.drawing.files import write_atomic
@@ -66,7 +67,6 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
     Raises:
         UserError: if the training failed, with its last words; if the evaluation did.
     """
-    from shortft.evaluate import noting_cause
 
     settings = job.folder / "run.yaml"
     write_atomic(settings, to_yaml(config).encode())
