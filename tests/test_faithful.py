@@ -92,7 +92,7 @@ def test_one_that_lands_hardly_closer_is_refused(tmp_path: Path, change: str):
             noise = torch.randn(weights.shape, generator=generator)
             weights += (noise * weights.float().std()).to(weights.dtype)
         save_file(state, config.shortcut, {"format": "pt"})
-    with pytest.raises(UserError, match=r"must stay below 0\.124") as caught:
+    with pytest.raises(UserError, match=r"must stay below 0\.123") as caught:
         require_faithful(Trainer(config), lambda _: None)
     assert "of the base itself by 0.137, and" in str(caught.value)
 

@@ -255,8 +255,6 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure base and tuned model side by side, on the same prompts and noise."""
-    if prompts is not None:
-        read_prompts(prompts)
     from shortft.evaluate import evaluate_command
 
     evaluate_command(
@@ -421,8 +419,6 @@ def export(
     batch_size: BatchOption = 16,
 ) -> None:
     """Write an adapter for other tools: diffusers, kohya's scripts, A1111, ComfyUI, or merged."""
-    if prompts is not None:
-        read_prompts(prompts)
     from shortft.export import export_command
 
     export_command(

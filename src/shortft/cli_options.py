@@ -12,7 +12,13 @@ from pydantic.fields import FieldInfo
 
 from shortft.assets import EMBEDDED
 from shortft.config import Config, option_name
-from shortft.inputs import check_model_source, check_output_dir, check_place, check_reward
+from shortft.inputs import (
+    check_model_source,
+    check_output_dir,
+    check_place,
+    check_reward,
+    read_prompts,
+)
 from shortft.shortcuts import check_shortcut
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -52,7 +58,12 @@ OutputDirOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help="UTF-8 text file of prompts, one a line.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        help="UTF-8 text file of prompts, one a line.",
+        metavar="FILE",
+        callback=lambda value: value if value is None else _readable_prompts(value),
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 StepsOption = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of the chain.")]
@@ -84,6 +95,11 @@ ResolutionOption = Annotated[
     typer.Option(min=8, help="Height and width of the pictures; default: the model's own."),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Pictures or samples per network call.")]
+
+
+def _readable_prompts(path: Path) -> Path:
+    read_prompts(path)
+    return path
 
 
 def _own_precision() -> str:
