@@ -18,7 +18,7 @@ from shortft.errors import UserError
 from shortft.families.base import Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import Placement, base_plan, inference_plan
-from shortft.sampling import generate
+from shortft.sampling import Sampler
 from test_lora_files import FAMILIES
 from tiny import randomise_loras, tiny_family, tiny_pipeline
 
@@ -54,8 +54,7 @@ def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, placement: Plac
     schedule = nets.family.schedule(steps)
     parts = 1 if placement == "everywhere" else 4
     plan = inference_plan(schedule, parts, placement) if tuned else base_plan(schedule)
-    cond = nets.family.encode(PROMPTS)
-    return generate(nets.family, nets, plan, schedule, cond, SEEDS)
+    return Sampler(nets, schedule, plan).draw(nets.family.encode(PROMPTS), SEEDS)
 
 
 def theirs(pipe, steps: int) -> torch.Tensor:

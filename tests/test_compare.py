@@ -748,14 +748,15 @@ def test_what_the_full_budget_knows_and_what_it_searches():
 
 def test_a_method_may_bring_settings_of_its_own(base, trained):
     """It is searched like any other, and trained with them; the others are not."""
-    methods = ("refl:batch_size=6,guidance_grad=positive", "refl")
+    methods = ("refl:batch_size=6,guidance_grad=positive,recompute=true", "refl")
     spec = Comparison(methods, ("symmetry",), 1, search=(1e-3, 1e-2), num_prompts=6)
     shop = workshop(base, spec)
     compare_runs.run_all(shop, pretended, lambda _: None)
     assert {job.method for job in trained if job.search} == set(methods)
     configs = {job.method: shop.config(job) for job in trained}
-    found = [(configs[method].batch_size, configs[method].guidance_grad) for method in methods]
-    assert found == [(6, "positive"), (base.batch_size, "both")]
+    names = ("batch_size", "guidance_grad", "recompute")
+    found = [[getattr(configs[method], name) for name in names] for method in methods]
+    assert found == [[6, "positive", True], [base.batch_size, "both", False]]
     assert base.batch_size != 6
 
 
@@ -765,6 +766,7 @@ def test_a_method_may_bring_settings_of_its_own(base, trained):
         ("batch_size=0", "--batch-size"),
         ("batch_size=half", "--batch-size"),
         ("guidance_grad=most", "--guidance-grad"),
+        ("recompute=maybe", "--recompute"),
         ("shortcut=missing.safetensors", "missing.safetensors"),
         ("rank=64", "rank"),
     ],
@@ -801,6 +803,16 @@ def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatc
         compare_runs.run_job(
             shop.config(dataclasses.replace(job, learning_rate=1.0)), job, pretended
         )
+
+
+@pytest.mark.parametrize(("method", "joint"), [("refl", ":"), ("draft_k:k=2", ",")])
+def test_a_training_that_the_system_killed_says_what_takes_less(base, monkeypatch, method, joint):
+    shop = workshop(base, Comparison((method,), ("symmetry",), 1, num_prompts=6))
+    dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    train = compare_runs._training
+    monkeypatch.setattr(compare_runs, "_training", lambda _, log, rest: train(dies, log, rest))
+    with pytest.raises(UserError, match=f"runs out; as {method}{joint}recompute=true it takes"):
+        compare_runs.run_all(shop, pretended, lambda _: None)
 
 
 def scored(gains: dict[str, list[tuple[float, float]]]) -> figures.Results:

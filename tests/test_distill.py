@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -315,17 +316,18 @@ class Slow:
         return Fidelity("shortcut", 1, (0.5,), 30.0, 20.0)
 
 
+distilled = partial(
+    distill, batch_size=4, learning_rate=1e-3, report=lambda _: None, save=lambda: None
+)
+
+
 def test_walking_and_measuring_leave_time_to_train(monkeypatch: pytest.MonkeyPatch):
     slow = Slow(monkeypatch)
-    made = distill(
+    made = distilled(
         cast(Distiller, slow),
         "regression",
         minutes=60,
-        batch_size=4,
-        learning_rate=1e-3,
         trajectories=2000,
-        report=lambda _: None,
-        save=lambda: None,
         fidelity=slow.fidelity,
         sample_batch=8,
     )
@@ -354,15 +356,11 @@ def test_consistency_keeps_ends_alone_and_each_with_its_prompt(
 
     monkeypatch.setattr(distiller, "true_pieces", true_pieces)
     monkeypatch.setattr(distiller, "consistency_loss", consistency_loss)
-    made = distill(
+    made = distilled(
         distiller,
         "consistency",
         minutes=0.05,
-        batch_size=4,
-        learning_rate=1e-3,
         trajectories=12,
-        report=lambda _: None,
-        save=lambda: None,
         fidelity=lambda: pytest.fail("not for so short a time"),
         sample_batch=3,
     )
@@ -531,8 +529,8 @@ def test_without_a_word_it_is_guided_where_that_costs_nothing(
     trainer = Trainer(Config(**run))
     assert trainer.nets.shortcut_guidance.scale == scale
     assert trainer.jumps_by == ["file", scale, 1.0]
-    nets, *_ = load_tuned(trainer.family, write_adapter(trainer), None, None)
-    assert nets.shortcut_guidance.scale == scale
+    sampler = load_tuned(trainer.family, write_adapter(trainer), None, None)
+    assert sampler.nets.shortcut_guidance.scale == scale
     assert Trainer(Config(**run, shortcut_guidance_scale=2.0)).nets.shortcut_guidance.scale == 2
     figures = tmp_path / "check.json"
     options = ["--model", str(folder), "--shortcut", str(output), "--output", str(figures)]

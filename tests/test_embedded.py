@@ -17,7 +17,7 @@ from shortft.families import load_family
 from shortft.families.base import Guidance
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
-from shortft.sampling import generate
+from shortft.sampling import Sampler
 from shortft.train import train
 from shortft.trainer import Trainer
 
@@ -76,7 +76,7 @@ def test_our_chain_equals_the_diffusers_pipeline():
     ).images
     nets = ModelNetworks(family, guidance=Guidance(3.0))
     schedule = family.schedule(20)
-    ours = generate(family, nets, base_plan(schedule), schedule, family.encode(prompts), [1, 2])
+    ours = Sampler(nets, schedule, base_plan(schedule)).draw(family.encode(prompts), [1, 2])
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert ours.std() > 0.1
 

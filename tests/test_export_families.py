@@ -21,7 +21,7 @@ from shortft.lora_formats import write_plain_adapter
 from shortft.networks import ModelNetworks
 from shortft.plans import inference_plan
 from shortft.quiet import quiet
-from shortft.sampling import generate, load_tuned
+from shortft.sampling import load_tuned
 from test_chain import make_shortcut
 from tiny import randomise_loras, tiny_pipeline
 from tiny_families import tiny
@@ -104,8 +104,7 @@ def test_round_trip(tmp_path: Path, name: str):
     write_plain_adapter(states, info, family, tmp_path / "plain")
 
     def ours(folder: Path) -> Tensor:
-        nets, schedule, plan = load_tuned(family, folder, None, None)
-        return generate(family, nets, plan, schedule, family.encode(PROMPTS), SEEDS)
+        return load_tuned(family, folder, None, None).draw(family.encode(PROMPTS), SEEDS)
 
     out = {kind: tmp_path / kind for kind in ("diffusers", "kohya", "comfyui", "merged")}
     for kind, folder in out.items():

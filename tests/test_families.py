@@ -31,7 +31,7 @@ from shortft.networks import SHORTCUT, ModelNetworks, add_lora, lora_parameters,
 from shortft.plans import Plan, base_plan, inference_plan
 from shortft.preflight.outline import empty_family
 from shortft.quiet import quiet
-from shortft.sampling import generate, load_tuned
+from shortft.sampling import Sampler, load_tuned
 from shortft.step import decode
 from shortft.trainer import Trainer
 from tiny import randomise_loras, to_float64
@@ -75,8 +75,8 @@ def ours(
 ) -> Tensor:
     schedule = family.schedule(steps)
     nets = nets or ModelNetworks(family, guidance=Guidance(SCALE))
-    cond = family.encode(PROMPTS)
-    return generate(family, nets, plan or base_plan(schedule), schedule, cond, SEEDS)
+    sampler = Sampler(nets, schedule, plan or base_plan(schedule))
+    return sampler.draw(family.encode(PROMPTS), SEEDS)
 
 
 def theirs(
@@ -193,7 +193,7 @@ def test_jumps_over_whole_segments_are_the_pipeline_in_few_steps(models, name: s
         loras=1,  # which starts as nothing
     )
     plan = inference_plan(schedule, 4, "few_step")
-    images = generate(family, nets, plan, schedule, family.encode(PROMPTS), SEEDS)
+    images = Sampler(nets, schedule, plan).draw(family.encode(PROMPTS), SEEDS)
     expected = theirs(tiny(name), 16, steps=4)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert (expected - theirs(tiny(name), 16, steps=5)).abs().max() > 1e-3
@@ -603,10 +603,10 @@ def test_an_older_adapter_of_sd3_acts_where_it_was_trained(models, tmp_path: Pat
     nets = ModelNetworks(family, guidance=Guidance(SCALE), loras=K, rank=2)
     randomise_loras(nets, 0.3)
     save_adapter(nets, AdapterInfo("tiny", K, 2, K, "stacked", STEPS, [], [], SCALE, {}), tmp_path)
-    tuned, schedule, plan = load_tuned(family, tmp_path, None, None)
-    assert schedule.cut_by == "steps"
-    assert plan != inference_plan(family.schedule(STEPS), K)
-    images = ours(family, plan, tuned)
+    sampler = load_tuned(family, tmp_path, None, None)
+    assert sampler.schedule.cut_by == "steps"
+    assert sampler.plan != inference_plan(family.schedule(STEPS), K)
+    images = sampler.draw(family.encode(PROMPTS), SEEDS)
     pipe = tiny("sd3")
     load_adapter(pipe, tmp_path)
     torch.testing.assert_close(images, theirs(pipe, 16), atol=1e-5, rtol=0)

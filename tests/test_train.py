@@ -22,7 +22,7 @@ from shortft.kept import keep, restore, write_adapter
 from shortft.methods.catalog import METHODS, VARIANTS, variant_settings
 from shortft.out_of_memory import advice, savings
 from shortft.plans import stage_bounds
-from shortft.sampling import generate, load_tuned
+from shortft.sampling import load_tuned
 from shortft.seeds import sample_seed
 from shortft.train import FREE, train
 from shortft.trainer import CLOCKS, MAX_SKIPPED, Trainer
@@ -414,8 +414,8 @@ def test_a_tuned_shortcut_is_sampled_by_its_own_chain_or_the_bases(settings):
     cond = trainer.family.encode(prompts)
 
     def drawn(**options: bool) -> tuple[int, torch.Tensor]:
-        nets, schedule, plan = load_tuned(trainer.family, adapter, None, None, **options)
-        return plan.calls, generate(trainer.family, nets, plan, schedule, cond, seeds)
+        sampler = load_tuned(trainer.family, adapter, None, None, **options)
+        return sampler.plan.calls, sampler.draw(cond, seeds)
 
     calls, again = drawn()
     assert calls == 4

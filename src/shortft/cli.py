@@ -33,7 +33,7 @@ from shortft.cli_options import (
     StrengthOption,
     with_config_options,
 )
-from shortft.config import Config, load_config, option_name, to_yaml
+from shortft.config import Config, load_config, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_file, read_prompts
@@ -483,20 +483,9 @@ def compare(
     Start the same command again to continue, or several times at once to share the work.
     """
     from shortft.compare.command import compare_command
-    from shortft.compare.spec import comparison_from, parse_list, refuse_base_rate
+    from shortft.compare.spec import base_options, comparison_from, parse_list, refuse_base_rate
 
-    several = {"method": "--methods", "reward": "--rewards", "seed": "--seeds"}
-    several["method_options"] = "--methods name:option=value"
-    for one, instead in several.items():
-        if options.get(one) is not None:
-            raise UserError(
-                f"{option_name(one)} {options[one]}: a comparison has several; give {instead}"
-            )
-    if options.get("output_dir") is None:
-        options["output_dir"] = "runs/compare"
-    # Competitors bring methods; the base's would only ask for its segments and its shortcut.
-    neutral = {"method": "full", "method_options": {}}
-    base = _config(config_file or Path(EMBEDDED), {**options, **neutral})
+    base = _config(config_file or Path(EMBEDDED), base_options(options))
     chosen = comparison_from(
         budget,
         model=base.model,

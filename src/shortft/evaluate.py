@@ -28,7 +28,7 @@ from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.rewards.places import check_models_are_used
 from shortft.rewards.spec import scorers
-from shortft.sampling import generate, load_tuned
+from shortft.sampling import Sampler, load_tuned
 from shortft.seeds import EVALUATION, generator, given_back, sample_seed
 
 SMALL = 256  # pixels
@@ -85,7 +85,7 @@ def evaluate(
     """
     try_out(reward, prompts, family)
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
-    nets, schedule, plan = load_tuned(
+    sampler = load_tuned(
         family, adapter, num_steps, guidance_scale, strength, plain_chain=plain_chain
     )
     if before is None:
@@ -94,15 +94,15 @@ def evaluate(
             family,
             prompts,
             seeds=seeds,
-            num_steps=schedule.num_steps,
-            guidance_scale=nets.guidance.scale,
+            num_steps=sampler.schedule.num_steps,
+            guidance_scale=sampler.nets.guidance.scale,
             batch_size=batch_size,
             seed=seed,
         )
     progress("tuned")
     noises = _noise_seeds(seed, len(prompts), seeds)
     cond = family.encode(repeated)
-    after = generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
+    after = sampler.draw(cond, noises, batch_size=batch_size)
     progress("scores")
     judged = partial(_judged, reward)
     with reward.at_work(family.device):
@@ -116,7 +116,7 @@ def evaluate(
         "prompts": len(prompts),
         "seeds_per_prompt": seeds,
         "seed": seed,
-        "num_steps": schedule.num_steps,
+        "num_steps": sampler.schedule.num_steps,
         "strength": strength,
         "reward": _compared(reward.name, scored[0], scored[1], seeds),
     }
@@ -165,8 +165,8 @@ def base_pictures(
     nets, schedule = ModelNetworks(family, guidance=Guidance(scale)), family.schedule(num_steps)
     cond = family.encode([prompt for prompt in prompts for _ in range(seeds)])
     noises = _noise_seeds(seed, len(prompts), seeds)
-    plan = base_plan(schedule)
-    return generate(family, nets, plan, schedule, cond, noises, batch_size=batch_size)
+    sampler = Sampler(nets, schedule, base_plan(schedule))
+    return sampler.draw(cond, noises, batch_size=batch_size)
 
 
 def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,41 +23,33 @@ from shortft.shortcuts import GUIDED, Shortcut, find_shortcut
 DECODED_AT_ONCE = 1024 * 1024  # pixels: one picture of 1024 × 1024, 256 of 64 × 64
 
 
-@torch.no_grad()
-def generate(
-    family: Family,
-    nets: ModelNetworks,
-    plan: Plan,
-    schedule: Schedule,
-    cond: Conditioning,
-    seeds: list[int],
-    *,
-    batch_size: int = 16,
-) -> Tensor:
-    """(B, 3, H, W) images in [0, 1] on the CPU; sample i depends on cond[i] and seeds[i] alone."""
-    side = family.resolution
-    images = torch.empty(len(seeds), 3, side, side, dtype=torch.float32)
-    for rows, drawn in in_batches(family, nets, plan, schedule, cond, seeds, batch_size):
-        images[rows] = drawn
-    return images
+@dataclass(frozen=True)
+class Sampler:
+    """What draws a model's pictures: its networks, and the calls of them by which it does."""
 
+    nets: ModelNetworks
+    schedule: Schedule
+    plan: Plan
 
-@torch.no_grad()
-def in_batches(
-    family: Family,
-    nets: ModelNetworks,
-    plan: Plan,
-    schedule: Schedule,
-    cond: Conditioning,
-    seeds: list[int],
-    batch_size: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """The pictures of `generate` as they are drawn: which ones, and the images."""
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, start + batch_size)
-        noise = family.noise(seeds[rows])
-        latents = run_chain(plan, nets, noise, cond[rows], schedule)
-        yield rows, decode_few(family, latents).float().cpu()
+    def draw(self, cond: Conditioning, seeds: list[int], *, batch_size: int = 16) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] on the CPU; image i is of cond[i] and seeds[i] alone."""
+        side = self.nets.family.resolution
+        images = torch.empty(len(seeds), 3, side, side, dtype=torch.float32)
+        for rows, drawn in self.in_batches(cond, seeds, batch_size):
+            images[rows] = drawn
+        return images
+
+    @torch.no_grad()
+    def in_batches(
+        self, cond: Conditioning, seeds: list[int], batch_size: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The same as they are drawn: which ones, and the images."""
+        family = self.nets.family
+        for start in range(0, len(seeds), batch_size):
+            rows = slice(start, start + batch_size)
+            noise = family.noise(seeds[rows])
+            latents = run_chain(self.plan, self.nets, noise, cond[rows], self.schedule)
+            yield rows, decode_few(family, latents).float().cpu()
 
 
 @torch.no_grad()
@@ -90,8 +83,8 @@ def load_tuned(
     strength: float = 1.0,
     *,
     plain_chain: bool = False,
-) -> tuple[ModelNetworks, Schedule, Plan]:
-    """Networks, schedule and inference plan of a model with an adapter, or of the base alone.
+) -> Sampler:
+    """The true inference chain of a model with an adapter, or of the base alone.
 
     Without a number of steps the adapter's own, for the base alone 50; likewise its guidance.
 
@@ -101,7 +94,8 @@ def load_tuned(
     if adapter is None:
         schedule = family.schedule(num_steps or 50)
         scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
-        return ModelNetworks(family, guidance=Guidance(scale)), schedule, base_plan(schedule)
+        nets = ModelNetworks(family, guidance=Guidance(scale))
+        return Sampler(nets, schedule, base_plan(schedule))
     info = read_info(adapter)
     schedule = info.schedule(family.schedule(num_steps or info.num_steps))
     check_segments(schedule, info.parts)
@@ -126,8 +120,7 @@ def load_tuned(
     load_into(nets, adapter)
     nets.train_only([])
     nets.set_strength(strength)
-    plan = inference_plan(schedule, info.parts, placement)
-    return nets, schedule, plan
+    return Sampler(nets, schedule, inference_plan(schedule, info.parts, placement))
 
 
 def sample(
@@ -155,12 +148,12 @@ def sample(
     console = Console()
     with console.status(f"loading {model}"):
         family = load_family(model, pipeline=pipeline, precision=precision, resolution=resolution)
-        nets, schedule, plan = load_tuned(family, adapter, num_steps, guidance_scale, strength)
+        sampler = load_tuned(family, adapter, num_steps, guidance_scale, strength)
         family.encode_ahead(prompts)  # the text encoders are not needed any more
     seeds = [seed + i for i in range(len(prompts))]
     cond = family.encode(prompts)
-    with console.status(f"{len(prompts)} pictures, {plan.calls} steps each"):
-        for rows, images in in_batches(family, nets, plan, schedule, cond, seeds, batch_size):
+    with console.status(f"{len(prompts)} pictures, {sampler.plan.calls} steps each"):
+        for rows, images in sampler.in_batches(cond, seeds, batch_size):
             saved = save_images(output_dir, images, prompts[rows], seeds[rows], first=rows.start)
             for path in saved:
                 console.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ from shortft.preflight.files import check_local_files
 from shortft.rewards import held_out_scorer, make_reward
 from shortft.rewards.combine import WeightedSum
 from shortft.run_plans import lora_count, placement, plan_of, stage_count
-from shortft.sampling import check_segments, generate
+from shortft.sampling import Sampler, check_segments
 from shortft.schedule import Schedule
 from shortft.seeds import NOISE, OTHERS, PICTURES, PROMPTS, generator, sample_seed
 from shortft.shortcuts import BASE_JUMPS, Shortcut, find_shortcut
@@ -365,15 +365,9 @@ class Trainer:
         prompts = [listed[i * stride % len(listed)] for i in range(count)] * noises
         seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count * noises)]
         with self.average.in_place():
-            images = generate(
-                self.family,
-                self.nets,
-                self.inference,
-                self.schedule,
-                self.family.encode(prompts),
-                seeds,
-                batch_size=self.micro_batch,
-            )
+            sampler = Sampler(self.nets, self.schedule, self.inference)
+            cond = self.family.encode(prompts)
+            images = sampler.draw(cond, seeds, batch_size=self.micro_batch)
         return prompts, images
 
 

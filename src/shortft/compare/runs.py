@@ -17,6 +17,7 @@ from shortft.errors import NotFinite, Stopped, UserError
 from shortft.lock import Taken, locked
 
 CLAIM, LOG = ".claim", "train.log"
+KILLED = -9  # the exit code of a process that SIGKILL ended
 Evaluate = Callable[[Job, Config], dict[str, Any]]
 
 
@@ -79,6 +80,11 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
         if job.search and "updates in a row" in words:
             _note_failed(job, words)
             return
+        if code == KILLED:
+            words = (
+                "killed, as the system does where memory runs out; as "
+                f"{job.method}{',' if ':' in job.method else ':'}recompute=true it takes less"
+            )
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
     try:
         with noting_cause(job.folder):

@@ -144,6 +144,31 @@ BUDGETS = {
 }
 
 
+# What a comparison has several of, and the option that lists them.
+SEVERAL = {
+    "method": "--methods",
+    "method_options": "--methods name:option=value",
+    "reward": "--rewards",
+    "seed": "--seeds",
+}
+
+
+def base_options(given: Mapping[str, object]) -> dict[str, object]:
+    """Options of `shortft train`, given to all runs alike, as those of their common base.
+
+    Raises:
+        UserError: for one that a comparison has several of.
+    """
+    for name, instead in SEVERAL.items():
+        if given.get(name) is not None:
+            raise UserError(
+                f"{option_name(name)} {given[name]}: a comparison has several; give {instead}"
+            )
+    output_dir = given.get("output_dir") or "runs/compare"
+    # Competitors bring methods; the base's would only ask for its segments and its shortcut.
+    return {**given, "output_dir": output_dir, "method": "full", "method_options": {}}
+
+
 def parse_list(option: str, text: str) -> tuple[str, ...]:
     """'a b' or 'a' as parts; rewards hold commas, so that blanks or semicolons separate.
 

@@ -244,7 +244,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 # Settings of a run that a competitor's name may carry beside its method's options.
-OWN_SETTINGS = ("learning_rate", "batch_size", "guidance_grad", "shortcut")
+OWN_SETTINGS = ("learning_rate", "batch_size", "guidance_grad", "shortcut", "recompute")
 
 
 def variant_settings(name: str, segments: int) -> dict[str, object]:
