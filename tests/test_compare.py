@@ -414,6 +414,10 @@ def test_an_evaluation_leaves_no_model_where_the_runs_need_the_memory(base, monk
         assert figures_of["reward"]["after"] == pytest.approx(found[0]["reward"]["after"])
         assert figures_of["reward"]["before"] == pytest.approx(found[0]["reward"]["before"])
 
+    assert "held_out" not in found[0]
+    config = shop.config(job).model_copy(update={"held_out": "compressibility"})
+    assert evaluator(shop, keeps=False)(job, config)["held_out"]["name"] == "compressibility"
+
     def blank(*args: Any, **options: Any) -> None:
         raise NotFinite("nan", tuned=True)
 
@@ -738,10 +742,9 @@ def test_what_the_full_budget_knows_and_what_it_searches():
         ("clip:1,symmetry:3", "draft_k:k=2"),
         ("clip:1,symmetry:3", "jumps"),
     )
-    for anew in ({"search": ("1e-3", "2e-3")}, {"model": "mine"}):
-        found = comparison_from("full", **anew)
-        assert found.rates == {}
-        assert found.searched == tuple((full.search_reward, m) for m in found.methods)
+    found = comparison_from("full", search=("1e-3", "2e-3"))
+    assert found.rates == {}
+    assert found.searched == tuple((full.search_reward, m) for m in found.methods)
     one = comparison_from("full", search=("1e-3",))  # the same for all, untried
     assert (one.trials(), one.search_further, one.search_reward) == (0, 0, "")
 
@@ -950,15 +953,55 @@ def test_unknown_methods_are_told_before_anything_is_written(base, capsys, monke
 
 
 @pytest.mark.parametrize("budget", sorted(BUDGETS))
-def test_other_models_get_no_competitor_with_the_embedded_ones_shortcut(budget: str):
-    every = BUDGETS[budget].methods
-    assert comparison_from(budget).methods == every
-    others = comparison_from(budget, model="mine").methods
-    tuned = "tune_shortcut:shortcut=unguided"
-    assert others == tuple(m.replace(tuned, "tune_shortcut") for m in every)
-    assert (others != every) == (budget == "full")
-    named = ("shortft:shortcut=unguided",)
-    assert comparison_from(budget, model="mine", methods=named).methods == named
+def test_other_models_get_nothing_that_was_chosen_on_the_embedded_one(budget: str, base: Config):
+    """Neither shortcuts and rates of competitors, nor rewards, nor the time of a run."""
+    plain = ("jumps", "shortft", "draft_k", "alignprop")
+    if budget == "full":
+        plain = ("jumps", "thinned:calls=4,late=2", "thinned", "shortft", "shortft_segments")
+        plain += ("tune_shortcut", "draft_k", "draft_lv", "alignprop", "refl", "drtune")
+        plain += ("leapalign", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange", "full")
+    own = base.model_copy(update={"reward": "symmetry", "learning_rate": 1e-4})
+    with pytest.raises(UserError, match="--minutes: not given"):
+        comparison_from(budget, own)
+    found = comparison_from(budget, own, minutes=30.0)
+    assert (found.methods, found.rewards, found.minutes) == (plain, ("symmetry",), 30)
+    assert found.search_minutes == 30
+    assert found.rates == {}
+    searched = budget == "full"
+    assert found.search == ((3.3e-5, 1e-4, 3e-4) if searched else ())
+    assert found.searched == (tuple(("symmetry", m) for m in plain) if searched else ())
+    named = {"methods": ("shortft:shortcut=unguided",), "rewards": ("compressibility", "clip")}
+    found = comparison_from(budget, own, minutes=30.0, **named)
+    assert (found.methods, found.rewards) == tuple(named.values())
+    assert found.search_reward == ("compressibility" if searched else "")
+    embedded = comparison_from(budget, load_config(None, {"model": "emoji"}))
+    assert embedded == comparison_from(budget) == BUDGETS[budget]
+
+
+def test_a_comparison_of_another_model_starts_from_its_configuration(
+    base: Config, model: Path, monkeypatch, capsys, tmp_path: Path
+):
+    """Not from the embedded model's recipe; and its minutes are said somewhere."""
+    started: list[tuple[Comparison, Config]] = []
+
+    def start(_: Path, chosen: Comparison, config: Config, **__: object) -> None:
+        started.append((chosen, config))
+
+    monkeypatch.setattr("shortft.compare.command.compare_command", start)
+    command = ["compare", "--model", str(model), "--shortcut", "none"]
+    assert main(command) == 2
+    assert "error: --minutes: not given" in capsys.readouterr().err
+    assert main([*command, "--minutes", "7"]) == 0
+    plain = load_config(None, {"model": str(model), "shortcut": "none"})
+    assert started[-1][0].minutes == 7
+    assert started[-1][1].learning_rate == plain.learning_rate
+    assert started[-1][0].rewards == (plain.reward,)
+    own = tmp_path / "own.yaml"
+    own.write_text(f"model: {model}\nshortcut: none\nreward: symmetry\nminutes: 9\n")
+    assert main(["compare", str(own)]) == 0
+    assert (started[-1][0].minutes, started[-1][0].rewards) == (9, ("symmetry",))
+    assert main(["compare"]) == 0  # the embedded model: a laptop's
+    assert started[-1][0] == BUDGETS["laptop"]
 
 
 def test_the_laptop_budget_fits_a_laptop():

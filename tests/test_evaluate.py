@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shortft import evaluate as evaluation
@@ -57,6 +59,35 @@ def test_an_adapter_without_strength_is_the_base_and_scores_are_of_their_prompts
     told = figures["reward"]
     assert told["before"] == told["after"] == pytest.approx(float(expected.mean()), rel=1e-4)
     assert told["change_interval"] == (0, 0)
+
+
+def test_another_scorer_is_measured_and_variety_by_what_is_there(tmp_path: Path, model: Path):
+    """Models other than the embedded one have no scorer of their own, but may be given one."""
+    adapter, out = tmp_path / "run" / "adapter", tmp_path / "out"
+    make_adapter(adapter)
+    family, reward = tiny_family(), make_reward("symmetry")
+    options = {"seeds": 2, "num_steps": 4}
+    alone, pictures = evaluate(family, adapter, reward, PROMPTS, **options)
+    assert "held_out" not in alone
+    for images, of in ((pictures.before, "before"), (pictures.after, "after")):
+        small = F.avg_pool2d(images, images.shape[-1] // 16) - 0.5
+        pairs = small.flatten(1).view(len(PROMPTS), 2, -1)
+        differ = 1 - F.cosine_similarity(pairs[:, 0], pairs[:, 1], dim=-1)
+        assert alone["diversity"][of] == pytest.approx(float(differ.mean()), rel=1e-4)
+    watched, _ = evaluate(family, adapter, reward, PROMPTS, held_out=make_reward(OWN), **options)
+    for images, of in ((pictures.before, "before"), (pictures.after, "after")):
+        expected = float(by_prompt(images, pictures.prompts).mean())
+        assert watched["held_out"][of] == pytest.approx(expected, rel=1e-4)
+    assert watched["reward"] == alone["reward"]
+    assert watched["diversity"] == alone["diversity"]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["evaluate", "--adapter", str(adapter), "--model", str(model), "--seeds", "2"]
+    command += ["--prompts", str(tmp_path / "prompts.txt"), "--reward", "symmetry"]
+    command += ["--output-dir", str(out), "--num-steps", "4"]
+    assert main([*command, "--held-out", "clip:1,symmetry:2"]) == 0
+    told = json.loads((out / "evaluation.json").read_text())
+    assert told["held_out"]["name"] == "clip:1,symmetry:2"
+    assert told["diversity"] != json.loads(json.dumps(alone["diversity"]))  # by the CLIP
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

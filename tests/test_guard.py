@@ -20,7 +20,8 @@ from shortft.metrics import diversity
 from shortft.metrics_log import MetricsLog
 from shortft.train import train
 from shortft.trainer import Trainer
-from shortft.watch import decide, thumbnails
+from shortft.variety import thumbnails
+from shortft.watch import decide
 from test_train import weights
 
 

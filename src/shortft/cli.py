@@ -36,7 +36,7 @@ from shortft.cli_options import (
 from shortft.config import Config, load_config, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
-from shortft.inputs import check_output_file, read_prompts
+from shortft.inputs import check_output_file, check_reward, read_prompts
 from shortft.paths import is_file
 from shortft.recipes import recipe, recipe_names
 from shortft.redact import without_secrets
@@ -234,6 +234,13 @@ def evaluate(
     model: ModelOption = EMBEDDED,
     pipeline: PipelineOption = None,
     reward: Annotated[str, REWARD] = "clip",
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Another reward to measure; default: the embedded model's own scorer, or none.",
+            callback=lambda value: value if value is None else check_reward(value, "--held-out"),
+        ),
+    ] = None,
     reward_model: Annotated[
         str | None, typer.Option(help="Models of the rewards, as in train.")
     ] = None,
@@ -262,6 +269,7 @@ def evaluate(
         pipeline=pipeline,
         adapter=adapter,
         reward=reward,
+        held_out=held_out,
         reward_model=reward_model,
         prompts_path=prompts,
         output_dir=output_dir,
@@ -485,14 +493,19 @@ def compare(
     from shortft.compare.command import compare_command
     from shortft.compare.spec import base_options, comparison_from, parse_list, refuse_base_rate
 
-    base = _config(config_file or Path(EMBEDDED), base_options(options))
+    if config_file is None and options.get("model") in (None, EMBEDDED):
+        config_file = Path(EMBEDDED)
+    base = _config(config_file, base_options(options))
+    says_minutes = options.get("minutes") is not None
+    if base.model != EMBEDDED:  # whose own are a training's, the budgets' a comparison's
+        says_minutes |= config_file is not None
     chosen = comparison_from(
         budget,
-        model=base.model,
+        base,
         methods=methods and parse_list("--methods", methods),
         rewards=rewards and parse_list("--rewards", rewards),
         seeds=seeds,
-        minutes=base.minutes if options.get("minutes") is not None else None,
+        minutes=base.minutes if says_minutes else None,
         search=search and parse_list("--search", search),
         search_minutes=search_minutes,
         search_further=search_further,

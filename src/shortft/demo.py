@@ -31,7 +31,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
     from shortft.families import load_family
     from shortft.precision import settled
     from shortft.recipes import recipe
-    from shortft.rewards import make_reward
+    from shortft.rewards import held_out_scorer, make_reward
     from shortft.train import train
 
     console = Console()
@@ -60,6 +60,7 @@ def demo(output_dir: Path, reward: str | None, minutes: float | None, seed: int)
             prompts,
             seeds=SEEDS,
             num_steps=config.num_steps,
+            held_out=held_out_scorer(EMBEDDED, family.device),
             progress=lambda what: status.update(f"{len(prompts)} held-out prompts: {what}"),
         )
     training = sum(row["seconds"] for row in log)

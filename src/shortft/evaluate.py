@@ -30,6 +30,7 @@ from shortft.rewards.places import check_models_are_used
 from shortft.rewards.spec import scorers
 from shortft.sampling import Sampler, load_tuned
 from shortft.seeds import EVALUATION, generator, given_back, sample_seed
+from shortft.variety import embedder
 
 SMALL = 256  # pixels
 
@@ -64,6 +65,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     before: Tensor | None = None,
+    held_out: WeightedSum | None = None,
     plain_chain: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Pictures]:
@@ -73,6 +75,7 @@ def evaluate(
         seeds: noises per prompt, at least 2 (diversity compares pictures of one prompt).
         seed: of the noise; noise j of prompt i is the same for base and tuned.
         before: the base's pictures from `base_pictures`, where they were made already.
+        held_out: a scorer that only measures.
         plain_chain: run a LoRA of the few-step model on the base's chain.
 
     Returns:
@@ -83,7 +86,8 @@ def evaluate(
         UserError: if the adapter is damaged or does not fit the model, or the reward misbehaves,
             which it is tried for before anything is drawn.
     """
-    try_out(reward, prompts, family)
+    for scorer in filter(None, (reward, held_out)):
+        try_out(scorer, prompts, family)
     repeated = [prompt for prompt in prompts for _ in range(seeds)]
     sampler = load_tuned(
         family, adapter, num_steps, guidance_scale, strength, plain_chain=plain_chain
@@ -104,13 +108,7 @@ def evaluate(
     cond = family.encode(repeated)
     after = sampler.draw(cond, noises, batch_size=batch_size)
     progress("scores")
-    judged = partial(_judged, reward)
-    with reward.at_work(family.device):
-        scores = [_in_batches(judged, images, repeated, family) for images in (before, after)]
-    scored = [
-        _finite(reward.name, found, repeated, tuned)
-        for found, tuned in zip(scores, (False, True), strict=True)
-    ]
+    scored = _scored(reward, before, after, repeated, family)
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
@@ -120,22 +118,16 @@ def evaluate(
         "strength": strength,
         "reward": _compared(reward.name, scored[0], scored[1], seeds),
     }
-    scorer = held_out_scorer(family.source, family.device)
-    if scorer is not None:
-        held_out = [
-            _finite(
-                "held-out", _in_batches(scorer, images, repeated, family), repeated, images is after
-            )
-            for images in (before, after)
-        ]
-        figures["held_out"] = _compared("held-out CLIP cosine", held_out[0], held_out[1], seeds)
-        embed = scorer.embed_images
+    if held_out is not None:
+        watched = _scored(held_out, before, after, repeated, family)
+        figures["held_out"] = _compared(held_out.name, watched[0], watched[1], seeds)
+    with embedder((held_out, reward), family.device) as embed:
 
         def features(images: Tensor) -> Tensor:
             return _in_batches(lambda part, _: embed(part), images, repeated, family)
 
         variety = [diversity(images, features, repeated) for images in (before, after)]
-        figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
+    figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
     figures["reports"] = {}
     for part, _ in reward.parts:
         with reward.at_work(family.device):
@@ -181,6 +173,19 @@ def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:
         _in_batches(partial(_judged, reward), images, two, family)
 
 
+def _scored(
+    scorer: WeightedSum, before: Tensor, after: Tensor, prompts: list[str], family: Family
+) -> tuple[Tensor, Tensor]:
+    """Scores (P·S,) of base and tuned model's pictures."""
+    judged = partial(_judged, scorer)
+    with scorer.at_work(family.device):
+        old, new = (_in_batches(judged, images, prompts, family) for images in (before, after))
+    return (
+        _finite(scorer.name, old, prompts, tuned=False),
+        _finite(scorer.name, new, prompts, tuned=True),
+    )
+
+
 def _judged(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:
     # Without a limit: a batch here is larger than in training, which `--reward-seconds` is for.
     return reward.combine(judge(reward, images, prompts, seconds=None))
@@ -211,7 +216,7 @@ def _in_batches(
     return torch.cat(parts)
 
 
-def _finite(name: str, scores: Tensor, prompts: list[str], tuned: bool) -> Tensor:
+def _finite(name: str, scores: Tensor, prompts: list[str], *, tuned: bool) -> Tensor:
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
             whose = "tuned" if tuned else "base"
@@ -241,6 +246,7 @@ def evaluate_command(
     model: str,
     adapter: Path,
     reward: str,
+    held_out: str | None,
     reward_model: str | None,
     prompts_path: Path | None,
     output_dir: Path,
@@ -264,7 +270,8 @@ def evaluate_command(
         raise UserError(
             f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
         )
-    check_models_are_used(scorers(reward), reward_model)
+    used = scorers(reward) | (scorers(held_out) if held_out else set())
+    check_models_are_used(used, reward_model)
     info = read_info(adapter)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     make_output_dir("--output-dir", output_dir)
@@ -272,6 +279,11 @@ def evaluate_command(
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more
     scored_by = make_reward(reward, reward_model, family.device)
+    watched_by = (
+        make_reward(held_out, reward_model, family.device)
+        if held_out
+        else held_out_scorer(model, family.device)
+    )
     with console.status("") as status, noting_cause(output_dir):
         figures, pictures = evaluate(
             family,
@@ -283,6 +295,7 @@ def evaluate_command(
             guidance_scale=guidance_scale,
             strength=strength,
             batch_size=batch_size,
+            held_out=watched_by,
             plain_chain=plain_chain,
             progress=lambda what: status.update(f"{len(prompts[:num_prompts])} prompts: {what}"),
         )

@@ -138,10 +138,11 @@ class Trainer:
             plain_jumps=config.shortcut == "plain",
         )
         self.reward = scorer_of(config, config.reward, device)
-        usual = held_out_scorer(config.model, device)
-        self.held_out: WeightedSum | None = WeightedSum([(usual, 1.0)]) if usual else None
-        if config.held_out:
-            self.held_out = scorer_of(config, config.held_out, device)
+        self.held_out = (
+            scorer_of(config, config.held_out, device)
+            if config.held_out
+            else held_out_scorer(config.model, device)
+        )
         self.guard = Guard(config.guard_drop, config.best_by)
         self.tripped = False  # the guard has ended the run
         self.best: dict[int, dict[str, Tensor]] | None = None  # LoRAs of the best evaluation

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shortft.drawing.progress import TrainProgress
@@ -16,8 +14,8 @@ from shortft.kept import keep_best
 from shortft.metrics import diversity, picture_statistics
 from shortft.metrics_log import MetricsLog
 from shortft.out_of_memory import advised
-from shortft.rewards.clip import ClipReward
 from shortft.trainer import Trainer
+from shortft.variety import embedder
 
 
 def look(
@@ -87,24 +85,10 @@ def figures(trainer: Trainer) -> tuple[dict[str, Any], Tensor]:
     if trainer.held_out is not None:
         row["eval_held_out"] = trainer.score(trainer.held_out, on_device, prompts)
     if config.sample_noises > 1:
-        row["eval_diversity"] = variety(trainer, on_device, prompts)
+        scorers = (trainer.held_out, trainer.reward)
+        with embedder(scorers, on_device.device) as embed:
+            row["eval_diversity"] = float(diversity(on_device, embed, prompts).mean())
     statistics = picture_statistics(pictures)
     row["eval_contrast"] = float(statistics.contrast.mean())
     row["eval_saturated"] = float((statistics.black + statistics.white).mean())
     return row, shown
-
-
-def variety(trainer: Trainer, images: Tensor, prompts: Sequence[str]) -> float:
-    """Mean diversity, by the features of a CLIP among the scorers, else by thumbnails."""
-    for scorer in (trainer.held_out, trainer.reward):
-        for part, _ in scorer.parts if scorer else ():
-            if isinstance(part, ClipReward):
-                with scorer.at_work(images.device):  # type: ignore[union-attr]
-                    there = images.to(part.model.device)
-                    return float(diversity(there, part.embed_images, prompts).mean())
-    return float(diversity(images, thumbnails, prompts).mean())
-
-
-def thumbnails(images_BCHW: Tensor) -> Tensor:
-    """(B, 768) pixels of 16 × 16 thumbnails about mid grey."""
-    return F.interpolate(images_BCHW.float(), (16, 16), mode="area").flatten(1) - 0.5

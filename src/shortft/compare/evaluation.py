@@ -34,7 +34,7 @@ def evaluator(
     from shortft.evaluate import base_pictures, evaluate
     from shortft.families import default_device, load_family
     from shortft.preflight import machine
-    from shortft.rewards import make_reward
+    from shortft.rewards import held_out_scorer, make_reward
 
     base = workshop.base
     spec = workshop.comparison
@@ -87,6 +87,12 @@ def evaluator(
                 seed=seed,
             )
 
+        watched_by = (
+            make_reward(config.held_out, config.reward_model, family.device)
+            if config.held_out
+            else held_out_scorer(config.model, family.device)
+        )
+
         def measured(*, plain_chain: bool) -> tuple[dict[str, Any], Pictures]:
             return evaluate(
                 family,
@@ -98,6 +104,7 @@ def evaluator(
                 batch_size=at_once,
                 seed=seed,
                 before=before[job.search],
+                held_out=watched_by,
                 plain_chain=plain_chain,
             )
 

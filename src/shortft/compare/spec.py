@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shortft.assets import EMBEDDED
-from shortft.config import option_name
+from shortft.config import Config, option_name
 from shortft.errors import UserError
 from shortft.methods.catalog import has_own_rate, without_setting
 
@@ -207,21 +207,52 @@ def refuse_base_rate(rate: float, comparison: Comparison) -> None:
         )
 
 
-def comparison_from(budget: str, *, model: str = EMBEDDED, **given: Any) -> Comparison:
+def for_another_model(budget: Comparison, base: Config) -> Comparison:
+    """A budget with a configuration's reward and rate for what fits the embedded model alone.
+
+    Where the budget searches, it tries the configuration's rate, a third and three times of it.
+    """
+    methods = budget.methods
+    for setting in ("learning_rate", "shortcut"):
+        methods = tuple(without_setting(method, setting) for method in methods)
+    rate = base.learning_rate
+    return replace(
+        budget,
+        methods=methods,
+        rewards=(base.reward,),
+        minutes=0.0,  # to be given
+        rates={},
+        search=tuple(float(f"{rate * times:.2g}") for times in (1 / 3, 1, 3) if budget.search),
+        search_reward="",
+    )
+
+
+def comparison_from(budget: str, base: Config | None = None, **given: Any) -> Comparison:
     """A budget's comparison with what the user gave on top.
 
-    Its rates are of the embedded model, and so are shortcuts that its methods name: any other model
-    goes without both, and `search` given anew goes without the rates.
+    Its rates are of the embedded model: `search` given anew goes without them.
+
+    Args:
+        base: the runs' common configuration; the embedded model's if not given.
 
     Raises:
-        UserError: for an unknown budget or a value out of range.
+        UserError: for an unknown budget or a value out of range, or where nothing says how long
+            runs of another model train.
     """
     if budget not in BUDGETS:
         raise UserError(f"--budget {budget}: unknown; choose one of {', '.join(BUDGETS)}")
-    values = {**vars(BUDGETS[budget]), **{k: v for k, v in given.items() if v is not None}}
-    if given.get("methods") is None and model != EMBEDDED:
-        values["methods"] = tuple(without_setting(m, "shortcut") for m in values["methods"])
-    if given.get("search") is not None or model != EMBEDDED:
+    spec = BUDGETS[budget]
+    if base is not None and base.model != EMBEDDED:
+        spec = for_another_model(spec, base)
+        if given.get("minutes") is None:
+            raise UserError(
+                f"--minutes: not given, and the budget's are the embedded model's; say how long "
+                f"each run of {base.model} trains"
+            )
+        if spec.search:  # one reward finds the rates of all
+            spec = replace(spec, search_reward=(given.get("rewards") or spec.rewards)[0])
+    values = {**vars(spec), **{k: v for k, v in given.items() if v is not None}}
+    if given.get("search") is not None:
         values["rates"] = {}
     if given.get("search") is not None and len(given["search"]) < 2:  # the budget's go with its own
         values["search_further"] = given.get("search_further") or 0

@@ -12,7 +12,6 @@ from shortft.rewards.places import HUB, Place, reward_places
 if TYPE_CHECKING:
     import torch
 
-    from shortft.rewards.clip import ClipReward
     from shortft.rewards.combine import WeightedSum
 
 RewardFactory = Callable[["Place | None", "torch.device | str", "torch.dtype"], Reward]
@@ -131,9 +130,12 @@ def make_reward(
     return WeightedSum(parts, device, visits=visits)
 
 
-def held_out_scorer(model: str, device: torch.device | str = "cpu") -> ClipReward | None:
+def held_out_scorer(model: str, device: torch.device | str = "cpu") -> WeightedSum | None:
     """The scorer that only ever measures; one ships for the embedded model, None for others."""
     from shortft.assets import EMBEDDED, asset
     from shortft.rewards.clip import ClipReward
+    from shortft.rewards.combine import WeightedSum
 
-    return ClipReward.load(asset("scorers", "held_out"), device) if model == EMBEDDED else None
+    if model != EMBEDDED:
+        return None
+    return WeightedSum([(ClipReward.load(asset("scorers", "held_out"), device), 1.0)])
