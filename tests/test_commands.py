@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return root
+
+
+def test_what_is_not_given_is_the_adapters_own(run: Path, tmp_path: Path):
+    """Base model, reward and held-out scorer, of `sample` and `evaluate`."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "train" / "adapter", adapter)
+    info = json.loads((adapter / "adapter.json").read_text())
+    info["config"]["held_out"] = "compressibility"
+    (adapter / "adapter.json").write_text(json.dumps(info))
+    plain = ["--adapter", str(adapter), "--prompts", str(run / "prompts.txt")]
+    told = []
+    given = ["--model", str(run / "model"), "--reward", "symmetry", "--held-out", "compressibility"]
+    for more in ([], given):
+        command = ["evaluate", *plain, "--seeds", "2", "--output-dir", str(tmp_path / "e"), *more]
+        assert main(command) == 0
+        told.append(json.loads((tmp_path / "e" / "evaluation.json").read_text()))
+    assert told[0] == told[1]
+    assert told[0]["reward"]["name"] == "symmetry"
+    for name, more in (("a", []), ("b", given[:2])):
+        assert main(["sample", *plain, "--output-dir", str(tmp_path / name), *more]) == 0
+    for own, same in zip(*(sorted((tmp_path / n).iterdir()) for n in "ab"), strict=True):
+        assert own.read_bytes() == same.read_bytes()
 
 
 def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -195,7 +218,13 @@ def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     [
         (["sample", "--prompt", "x", "--adapter", "{run}/model"], "adapter.json"),
         (["sample", "--prompt", "x", "--adapter", "{run}/train/adapter", "--num-steps", "3"], "3"),
-        (["sample", "--prompt", "x", "--adapter", "{run}/train/adapter"], "does not fit emoji"),
+        (
+            ["sample", "--prompt", "x", "--model", "emoji", "--adapter", "{run}/train/adapter"],
+            "does not fit emoji",
+        ),
+        (["sample", "--prompt", "x", "--adapter", "{tmp}/moved"], "base model {tmp}/gone: no such"),
+        (["evaluate", "--adapter", "{tmp}/moved", "--reward", "clip"], "base model {tmp}/gone: no"),
+        (["evaluate", "--adapter", "{tmp}/moved"], "code runs only where it is named"),
         (["check", "--segments", "60"], "--segments 60"),
         (["shortcut", "--segments", "60", "--output", "{tmp}/s.safetensors"], "--segments 60"),
         (["shortcut", "--output", "{run}/prompts.txt/s.safetensors"], "--output"),
@@ -211,12 +240,16 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     other.mkdir()
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1"}
     (other / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(run / "train" / "adapter", tmp_path / "moved")
+    info = json.loads((tmp_path / "moved" / "adapter.json").read_text())
+    info["base_model"], info["config"]["reward"] = f"{tmp_path}/gone", "own.py:f"
+    (tmp_path / "moved" / "adapter.json").write_text(json.dumps(info))
     filled = [a.format(run=run, tmp=tmp_path, sdxl=other) for a in arguments]
     assert main(filled) == 2
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: ")
     assert "\n" not in told
-    assert message in told
+    assert message.replace("{tmp}", str(tmp_path)) in told
     assert (run / "train" / "adapter" / "adapter.json").exists()
 
 

@@ -35,7 +35,16 @@ ALLOWED = {
     "families": {"assets", "errors", "paths", "quiet", "schedule"},
     "lora_layers": set(),
     "networks": {"families", "lora_layers", "plans"},
-    "adapter": {"errors", "networks", "plans", "quiet", "schedule", "weights_file"},
+    "adapter": {
+        "assets",
+        "errors",
+        "inputs",
+        "networks",
+        "plans",
+        "quiet",
+        "schedule",
+        "weights_file",
+    },
     "judge": {"errors", "out_of_memory", "rewards"},
     "lock": {"errors"},
     "step": {

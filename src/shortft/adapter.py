@@ -19,7 +19,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from shortft.assets import EMBEDDED
 from shortft.errors import UserError
+from shortft.inputs import check_model_source
 from shortft.networks import lora_name
 from shortft.plans import Placement, parts_for
 from shortft.schedule import Cut, Schedule
@@ -67,6 +69,17 @@ class AdapterInfo:
     cut_by: Cut | None = None
     local: list[str] = field(default_factory=list)
     format: int = FORMAT
+
+    def base(self, model: str | None, pipeline: str | None) -> tuple[str, str | None]:
+        """Which model to load, and its pipeline's configuration: the given ones, or else its own.
+
+        Raises:
+            UserError: if its own is not here any more.
+        """
+        if model is not None:
+            return model, pipeline
+        check_model_source("the adapter's base model", self.base_model, EMBEDDED)
+        return self.base_model, pipeline or self.config.get("pipeline")
 
     def cut(self, *, flow: bool) -> Cut:
         """How its chain is cut, of a flow model or of another."""

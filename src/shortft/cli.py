@@ -31,6 +31,7 @@ from shortft.cli_options import (
     ShortcutOption,
     StepsOption,
     StrengthOption,
+    TunedModelOption,
     with_config_options,
 )
 from shortft.config import Config, load_config, to_yaml
@@ -190,7 +191,7 @@ def plan(
 
 @app.command()
 def sample(
-    model: ModelOption = EMBEDDED,
+    model: TunedModelOption = None,
     pipeline: PipelineOption = None,
     adapter: Annotated[
         Path | None, typer.Option(exists=True, help="Directory of the trained adapter.")
@@ -231,13 +232,13 @@ def sample(
 @app.command()
 def evaluate(
     adapter: AdapterFile,
-    model: ModelOption = EMBEDDED,
+    model: TunedModelOption = None,
     pipeline: PipelineOption = None,
-    reward: Annotated[str, REWARD] = "clip",
+    reward: Annotated[str | None, REWARD] = None,
     held_out: Annotated[
         str | None,
         typer.Option(
-            help="Another reward to measure; default: the embedded model's own scorer, or none.",
+            help="Another reward to measure; default: the adapter's, or the embedded model's.",
             callback=lambda value: value if value is None else check_reward(value, "--held-out"),
         ),
     ] = None,
@@ -405,9 +406,7 @@ def export(
         typer.Option("--format", help="Layout: numbered LoRAs, or a whole model (merged)."),
     ] = "kohya",
     output_dir: OutputDirOption = Path("runs/export"),
-    model: Annotated[
-        str | None, typer.Option(help="Base model, where it is not where the adapter says.")
-    ] = None,
+    model: TunedModelOption = None,
     pipeline: PipelineOption = None,
     prompts: PromptsOption = None,
     num_prompts: Annotated[

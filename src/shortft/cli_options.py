@@ -31,6 +31,15 @@ ModelOption = Annotated[
         callback=lambda value: check_model_source("--model", value, EMBEDDED),
     ),
 ]
+TunedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model, as in train; default: the adapter's own, without one 'emoji'.",
+        callback=lambda value: (
+            value if value is None else check_model_source("--model", value, EMBEDDED)
+        ),
+    ),
+]
 PipelineOption = Annotated[
     str | None,
     typer.Option(

@@ -24,7 +24,7 @@ from shortft.judge import judge
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
-from shortft.rewards import held_out_scorer, make_reward
+from shortft.rewards import held_out_scorer, make_reward, ships
 from shortft.rewards.combine import WeightedSum
 from shortft.rewards.places import check_models_are_used
 from shortft.rewards.spec import scorers
@@ -243,9 +243,9 @@ def _compared(name: str, before: Tensor, after: Tensor, seeds: int) -> dict[str,
 
 
 def evaluate_command(
-    model: str,
+    model: str | None,
     adapter: Path,
-    reward: str,
+    reward: str | None,
     held_out: str | None,
     reward_model: str | None,
     prompts_path: Path | None,
@@ -260,7 +260,11 @@ def evaluate_command(
     plain_chain: bool,
     pipeline: str | None = None,
 ) -> None:
-    """`shortft evaluate`: print the table, write evaluation.json and before_after.png."""
+    """`shortft evaluate`: print the table, write evaluation.json and before_after.png.
+
+    What is not given is the adapter's own: base model, reward, held-out scorer, and their models. A
+    reward that is code runs only where it is given: an adapter from elsewhere could name any.
+    """
     from rich.console import Console
 
     from shortft.adapter import read_info
@@ -270,9 +274,22 @@ def evaluate_command(
         raise UserError(
             f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
         )
-    used = scorers(reward) | (scorers(held_out) if held_out else set())
-    check_models_are_used(used, reward_model)
     info = read_info(adapter)
+    own = info.config
+    if reward is None:
+        reward = str(own.get("reward") or "clip")
+        if not ships(reward):
+            raise UserError(
+                f"--reward: not given, and the adapter's own, {reward}, is none of shortft's: code "
+                "runs only where it is named; give --reward"
+            )
+    if held_out is None and ships(str(own.get("held_out"))):
+        held_out = str(own["held_out"])
+    if reward_model is not None:
+        used = scorers(reward) | (scorers(held_out) if held_out else set())
+        check_models_are_used(used, reward_model)
+    reward_model = reward_model or own.get("reward_model")
+    model, pipeline = info.base(model, pipeline)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     make_output_dir("--output-dir", output_dir)
     console = Console()

@@ -34,8 +34,8 @@ from shortft.model_card import card, header, public, run_figures, shareable
 from shortft.networks import ModelNetworks
 from shortft.plans import adapters_at
 from shortft.quiet import quiet
+from shortft.rewards import ships
 from shortft.rewards.places import check_models_are_used
-from shortft.rewards.registry import REWARDS
 from shortft.rewards.spec import scorers
 from shortft.schedule import segments
 from shortft.space import check_space, size_of
@@ -135,7 +135,7 @@ def export_command(
     own_reward = str(info.config.get("reward", ""))
     if reward is not None or ships(own_reward):
         check_models_are_used(scorers(reward or own_reward), reward_model)
-    base = model or info.base_model
+    base, pipeline = info.base(model, pipeline)
     try:
         states = [load_file(adapter / lora_file(n)) for n in range(1, info.loras + 1)]
     except (OSError, SafetensorError) as error:
@@ -151,7 +151,6 @@ def export_command(
     earlier.unlink(missing_ok=True)
     console = Console()
     with console.status(f"loading {base}"):
-        pipeline = pipeline or (None if model else info.config.get("pipeline"))
         family = load_family(
             base,
             pipeline=pipeline,
@@ -229,14 +228,6 @@ def export_command(
     write_atomic(output_dir / "README.md", text.encode())
     written = ", ".join([*files, "README.md"])
     console.print(f"{output_dir}: {written}", markup=False, soft_wrap=True)
-
-
-def ships(spec: str) -> bool:
-    """Whether all that a reward is made of comes with shortft."""
-    try:
-        return scorers(spec) <= REWARDS.keys()
-    except UserError:  # a file that is not here, or no reward at all
-        return False
 
 
 def _measured_on(info: AdapterInfo, prompts_path: Path | None, num_prompts: int) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shortft.adapter import load_into, read_info
+from shortft.assets import EMBEDDED
 from shortft.chain import run_chain
 from shortft.errors import UserError
 from shortft.families.base import Conditioning, Family, Guidance
@@ -124,7 +125,7 @@ def load_tuned(
 
 
 def sample(
-    model: str,
+    model: str | None,
     adapter: Path | None,
     prompts: list[str],
     output_dir: Path,
@@ -136,14 +137,19 @@ def sample(
     pipeline: str | None = None,
     precision: str = "fp32",
 ) -> None:
-    """`shortft sample`: one picture per prompt; picture i has seed + i, as in diffusers."""
+    """`shortft sample`: one picture per prompt; picture i has seed + i, as in diffusers.
+
+    Without a model the adapter's own, or else the embedded one.
+    """
     from rich.console import Console
 
     from shortft.drawing.grids import save_images
     from shortft.families import load_family
 
     # A wrong path is told before the model is loaded.
-    resolution = read_info(adapter).resolution if adapter is not None else None
+    info = read_info(adapter) if adapter is not None else None
+    resolution = info.resolution if info else None
+    model, pipeline = info.base(model, pipeline) if info else (model or EMBEDDED, pipeline)
     make_output_dir("--output-dir", output_dir)
     console = Console()
     with console.status(f"loading {model}"):

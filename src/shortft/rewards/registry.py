@@ -130,6 +130,17 @@ def make_reward(
     return WeightedSum(parts, device, visits=visits)
 
 
+def ships(spec: str) -> bool:
+    """Whether all that a reward is made of comes with shortft."""
+    from shortft.errors import UserError
+    from shortft.rewards.spec import scorers
+
+    try:
+        return scorers(spec) <= REWARDS.keys()
+    except UserError:  # a file that is not here, or no reward at all
+        return False
+
+
 def held_out_scorer(model: str, device: torch.device | str = "cpu") -> WeightedSum | None:
     """The scorer that only ever measures; one ships for the embedded model, None for others."""
     from shortft.assets import EMBEDDED, asset
