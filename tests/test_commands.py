@@ -222,8 +222,14 @@ def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             ["sample", "--prompt", "x", "--model", "emoji", "--adapter", "{run}/train/adapter"],
             "does not fit emoji",
         ),
-        (["sample", "--prompt", "x", "--adapter", "{tmp}/moved"], "base model {tmp}/gone: no such"),
-        (["evaluate", "--adapter", "{tmp}/moved", "--reward", "clip"], "base model {tmp}/gone: no"),
+        (
+            ["sample", "--prompt", "x", "--adapter", "{tmp}/moved"],
+            "model {tmp}/gone is not here",
+        ),
+        (
+            ["evaluate", "--adapter", "{tmp}/moved", "--reward", "clip"],
+            "here; give --model",
+        ),
         (["evaluate", "--adapter", "{tmp}/moved"], "code runs only where it is named"),
         (["check", "--segments", "60"], "--segments 60"),
         (["shortcut", "--segments", "60", "--output", "{tmp}/s.safetensors"], "--segments 60"),

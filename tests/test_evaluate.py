@@ -120,6 +120,55 @@ def test_a_reward_that_fails_is_named_before_anything_is_drawn(
     assert (out / "error.txt").exists() == (command == "evaluate")  # an export is for others
 
 
+REPORTS = """
+import torch
+
+
+class Own:
+    name, report_name, report_higher_is_better = "own", "own", True
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+    def report(self, images, prompts):
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('mood')", "its report raised KeyError: 'mood'"),
+        ("return 1.0", "its report returned float; return one score per picture, shape"),
+        ("return images.mean()", r"its report returned \(\); return one score"),
+        (
+            "return images.mean((1, 2, 3)) / 0",
+            "its score of the base model's picture of 'red apple'",
+        ),
+    ],
+)
+def test_a_report_that_fails_is_named_in_one_line(tmp_path: Path, body: str, message: str):
+    make_adapter(tmp_path)
+    (tmp_path / "own.py").write_text(REPORTS.format(body=body))
+    reward = make_reward(f"{tmp_path / 'own.py'}:Own")
+    with pytest.raises(UserError, match=message):
+        evaluate(tiny_family(), tmp_path, reward, PROMPTS, seeds=2, num_steps=4)
+
+
+def test_a_report_that_works_in_place_leaves_the_pictures_alone(tmp_path: Path):
+    make_adapter(tmp_path)
+    (tmp_path / "own.py").write_text(REPORTS.format(body="return images.sub_(9).mean((1, 2, 3))"))
+    options = {"seeds": 2, "num_steps": 4, "strength": 0.0}
+    spoilt, pictures = evaluate(
+        tiny_family(), tmp_path, make_reward(f"{tmp_path / 'own.py'}:Own"), PROMPTS, **options
+    )
+    _, others = evaluate(tiny_family(), tmp_path, make_reward("symmetry"), PROMPTS, **options)
+    assert torch.equal(pictures.before, others.before)
+    assert torch.equal(pictures.after, others.after)
+    (told,) = spoilt["reports"].values()
+    assert told["before"] == pytest.approx(float(others.before.mean()) - 9, rel=1e-4)
+
+
 def test_a_reward_that_fails_later_is_named_too_and_trying_it_changes_no_random_numbers(
     tmp_path: Path,
 ):
@@ -132,6 +181,9 @@ def test_a_reward_that_fails_later_is_named_too_and_trying_it_changes_no_random_
             torch.rand(1)
             if len(seen) > 1:
                 raise KeyError("mood")
+            return super().__call__(images, prompts)
+
+        def report(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
             return super().__call__(images, prompts)
 
     torch.manual_seed(0)

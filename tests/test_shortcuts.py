@@ -97,6 +97,9 @@ def test_any_file_on_the_hub(hub):
     find_shortcut("some/model", "owner/name/sub/x.safetensors@v1", 4)
     assert hub == [("owner/name", f"sub/x.{end}", "v1") for end in ("safetensors", "json")]
     assert check_shortcut("--shortcut", "owner/name/x.safetensors")
+    for wrong in ("./name/x.safetensors", "../loras/x.safetensors", "owner/.name/x.safetensors"):
+        with pytest.raises(UserError, match="no such file"):
+            check_shortcut("--shortcut", wrong)
 
 
 def in_cache(cache: Path, *files: str, absent: str = "") -> None:
@@ -121,6 +124,7 @@ def test_one_on_the_hub_brings_its_guidance(tmp_path: Path, monkeypatch: pytest.
     assert known_guidance("some/model", name, 4) is None
     with pytest.raises(UserError, match=r"x\.json of owner/name cannot be fetched"):
         find_shortcut("some/model", name, 4)  # there may be one
+    assert find_shortcut("some/model", name, 4, guidance_scale=3.0).guidance_scale == 3
     in_cache(tmp_path, "x.json")
     for at in ("", "@main", f"@{COMMIT}"):
         assert find_shortcut("some/model", name + at, 4).guidance_scale == 2.5

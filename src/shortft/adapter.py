@@ -78,7 +78,13 @@ class AdapterInfo:
         """
         if model is not None:
             return model, pipeline
-        check_model_source("the adapter's base model", self.base_model, EMBEDDED)
+        try:
+            check_model_source("--model", self.base_model, EMBEDDED)
+        except UserError:
+            raise UserError(
+                f"--model: not given, and the adapter's base model {self.base_model} is not here; "
+                "give --model"
+            ) from None
         return self.base_model, pipeline or self.config.get("pipeline")
 
     def cut(self, *, flow: bool) -> Cut:

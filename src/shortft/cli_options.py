@@ -19,6 +19,7 @@ from shortft.inputs import (
     check_reward,
     read_prompts,
 )
+from shortft.paths import is_dir, is_file
 from shortft.shortcuts import check_shortcut
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -107,7 +108,8 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Pictures or samples per n
 
 
 def _readable_prompts(path: Path) -> Path:
-    read_prompts(path)
+    if is_file(path) or is_dir(path) or not path.exists():  # a pipe can be read once
+        read_prompts(path)
     return path
 
 

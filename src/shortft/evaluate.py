@@ -20,7 +20,7 @@ from shortft.errors import NotFinite, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
 from shortft.inputs import make_output_dir, read_prompts
-from shortft.judge import judge
+from shortft.judge import judge, report_of
 from shortft.metrics import bootstrap_interval, collapse_warnings, diversity
 from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
@@ -108,7 +108,8 @@ def evaluate(
     cond = family.encode(repeated)
     after = sampler.draw(cond, noises, batch_size=batch_size)
     progress("scores")
-    scored = _scored(reward, before, after, repeated, family)
+    judged = partial(_judged, reward)
+    scored = _measured(reward, judged, (before, after), repeated, family, reward.name)
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
@@ -119,7 +120,8 @@ def evaluate(
         "reward": _compared(reward.name, scored[0], scored[1], seeds),
     }
     if held_out is not None:
-        watched = _scored(held_out, before, after, repeated, family)
+        judged = partial(_judged, held_out)
+        watched = _measured(held_out, judged, (before, after), repeated, family, held_out.name)
         figures["held_out"] = _compared(held_out.name, watched[0], watched[1], seeds)
     with embedder((held_out, reward), family.device) as embed:
 
@@ -130,10 +132,8 @@ def evaluate(
     figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
     figures["reports"] = {}
     for part, _ in reward.parts:
-        with reward.at_work(family.device):
-            old, new = (
-                _in_batches(part.report, images, repeated, family) for images in (before, after)
-            )
+        told = partial(report_of, reward, part)
+        old, new = _measured(reward, told, (before, after), repeated, family, part.report_name)
         figures["reports"][part.name] = {
             **_compared(part.report_name, old, new, seeds),
             "higher_is_better": part.report_higher_is_better,
@@ -171,19 +171,22 @@ def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:
     images = torch.rand(len(two), 3, side, side, generator=generator(0, EVALUATION))
     with given_back(), reward.at_work(family.device):  # a user's may draw random numbers
         _in_batches(partial(_judged, reward), images, two, family)
+        for part, _ in reward.parts:
+            _in_batches(partial(report_of, reward, part), images, two, family)
 
 
-def _scored(
-    scorer: WeightedSum, before: Tensor, after: Tensor, prompts: list[str], family: Family
+def _measured(
+    scorer: WeightedSum,
+    measure: Callable[[Tensor, list[str]], Tensor],
+    pictures: tuple[Tensor, Tensor],
+    prompts: list[str],
+    family: Family,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Scores (P·S,) of base and tuned model's pictures."""
-    judged = partial(_judged, scorer)
+    """What a scorer finds (P·S,) of base and tuned model's pictures."""
     with scorer.at_work(family.device):
-        old, new = (_in_batches(judged, images, prompts, family) for images in (before, after))
-    return (
-        _finite(scorer.name, old, prompts, tuned=False),
-        _finite(scorer.name, new, prompts, tuned=True),
-    )
+        old, new = (_in_batches(measure, images, prompts, family) for images in pictures)
+    return _finite(name, old, prompts, tuned=False), _finite(name, new, prompts, tuned=True)
 
 
 def _judged(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:

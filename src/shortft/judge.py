@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shortft.errors import UserError, traceback_file
 from shortft.out_of_memory import ran_out
+from shortft.rewards.base import Reward
 from shortft.rewards.combine import WeightedSum
 
 
@@ -38,12 +39,7 @@ def judge(
             if isinstance(error, UserError) or ran_out(error):
                 raise
             raise failed(part.name, "raised", error) from error
-        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise UserError(
-                f"--reward {part.name}: returned {got}; return one score per picture, shape "
-                f"({len(images)},)"
-            )
+        check_shape(scores, len(images), f"--reward {part.name}: returned")
         if images.requires_grad and not scores.requires_grad:
             raise UserError(
                 f"--reward {part.name}: its scores carry no gradient; compute them from the "
@@ -51,6 +47,33 @@ def judge(
             )
         parts[part.name] = scores
     return parts
+
+
+def report_of(reward: WeightedSum, part: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What a part reports of pictures (B, 3, H, W): (B,).
+
+    Raises:
+        UserError: naming the part whose report raised, or gave the wrong shape.
+    """
+    try:
+        found = reward.report_of(part, images, prompts)
+    except Exception as error:
+        if isinstance(error, UserError) or ran_out(error):
+            raise
+        raise failed(part.name, "its report raised", error) from error
+    check_shape(found, len(images), f"--reward {part.name}: its report returned")
+    return found
+
+
+def check_shape(found: object, batch: int, what: str) -> None:
+    """Whether there is one number per picture.
+
+    Raises:
+        UserError: if not.
+    """
+    if not isinstance(found, Tensor) or found.shape != (batch,):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"{what} {got}; return one score per picture, shape ({batch},)")
 
 
 def pull(loss: Tensor, pixels: Tensor, name: str) -> Tensor:

@@ -106,7 +106,13 @@ def load_tuned(
         placement = "everywhere"
     if placement == "few_step":
         auto = METHODS["tune_shortcut"].shortcut or GUIDED
-        shortcut = find_shortcut(own["model"], own["shortcut"], info.segments, auto)
+        shortcut = find_shortcut(
+            own["model"],
+            own["shortcut"],
+            info.segments,
+            auto,
+            own.get("shortcut_guidance_scale"),
+        )
     jump_scale = own.get("shortcut_guidance_scale") or shortcut.guidance_scale
     nets = ModelNetworks(
         family,

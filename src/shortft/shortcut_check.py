@@ -198,7 +198,7 @@ def check_command(
     from shortft.seeds import sample_seed
     from shortft.shortcuts import find_shortcut
 
-    found = find_shortcut(model, shortcut, segments)
+    found = find_shortcut(model, shortcut, segments, guidance_scale=shortcut_guidance_scale)
     path = found.path
     if path is None:
         raise UserError(

@@ -139,7 +139,7 @@ SHA256 = {
         "2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba"
     ),
 }
-_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)/([^@]+\.safetensors)(?:@([\w.-]+))?")
+_ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/([^@]+\.safetensors)(?:@([\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,13 @@ def ships(name: str) -> bool:
     return name == AUTO or name in SHIPPED
 
 
-def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> Shortcut:
+def find_shortcut(
+    model: str,
+    name: str,
+    segments: int,
+    auto: str = GUIDED,
+    guidance_scale: float | None = None,
+) -> Shortcut:
     """The shortcut that an option names; one on the hub is downloaded.
 
     A file is run as its publisher says where its name is that of a published one, or as the JSON
@@ -192,6 +198,7 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     Args:
         segments: of the chain; most published shortcuts fit one number only.
         auto: which of the shipped ones "auto" is, see `catalog.Method.shortcut`.
+        guidance_scale: what it will run with whatever it was made for; then the hub need not say.
 
     Raises:
         UserError: if there is none, it cannot be fetched, or it fits other segments.
@@ -207,7 +214,9 @@ def find_shortcut(model: str, name: str, segments: int, auto: str = GUIDED) -> S
     elif on_hub:
         path = fetch(name, *on_hub)
         if known is None:
-            return Shortcut(path, guidance_in(fetch_card(name, *on_hub)))
+            if guidance_scale is None:
+                guidance_scale = guidance_in(fetch_card(name, *on_hub))
+            return Shortcut(path, guidance_scale)
     elif ships(name):
         path = asset("shortcut", SHIPPED[auto if name == AUTO else name])
     else:
@@ -291,7 +300,9 @@ def _published(repo: str | None, file: str) -> Published | None:
     return None
 
 
-def fetch(name: str, repo: str, file: str, revision: str | None) -> Path:
+def fetch(
+    name: str, repo: str, file: str, revision: str | None, remedy: str = "give a local file"
+) -> Path:
     """A file of the hub, downloaded once.
 
     Raises:
@@ -304,7 +315,7 @@ def fetch(name: str, repo: str, file: str, revision: str | None) -> Path:
     except Exception as error:  # the network fails in many ways; each means "not there"
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--shortcut {name}: {file} of {repo} cannot be fetched ({reason}); give a local file"
+            f"--shortcut {name}: {file} of {repo} cannot be fetched ({reason}); {remedy}"
         ) from error
 
 
@@ -321,7 +332,7 @@ def fetch_card(name: str, repo: str, file: str, revision: str | None) -> Path | 
     if try_to_load_from_cache(repo, card, revision=revision) is _CACHED_NO_EXIST:
         return None
     try:
-        return fetch(name, repo, card, revision)
+        return fetch(name, repo, card, revision, "say by --shortcut-guidance-scale how it runs")
     except UserError as error:
         why = error.__cause__
         # A hub that cannot be reached does not say that there is none.

@@ -90,7 +90,11 @@ class Trainer:
         self.shortcut = shortcut = Shortcut(None)
         if method.shortcut is not None:
             self.shortcut = shortcut = find_shortcut(
-                config.model, config.shortcut, config.segments, auto=method.shortcut
+                config.model,
+                config.shortcut,
+                config.segments,
+                auto=method.shortcut,
+                guidance_scale=config.shortcut_guidance_scale,
             )
         self.inputs = fingerprint(config, self.prompts, shortcut.path)
         device = str(self.accelerator.device)

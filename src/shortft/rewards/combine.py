@@ -60,6 +60,11 @@ class WeightedSum:
         scores = part(own_copy(images_BCHW, self.device), prompts)
         return scores.to(images_BCHW.device) if isinstance(scores, Tensor) else scores
 
+    def report_of(self, part: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What one part reports, (B,) if it keeps its promise, on the pictures' own device."""
+        found = part.report(own_copy(images_BCHW, self.device), prompts)
+        return found.to(images_BCHW.device) if isinstance(found, Tensor) else found
+
     def combine(self, components: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum (B,) of what `components` returned."""
         first, weight = self.parts[0]
@@ -76,12 +81,7 @@ class WeightedSum:
 
     def reports(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each part's `report` (B,), by the part's name."""
-        return {
-            part.name: part.report(own_copy(images_BCHW, self.device), prompts).to(
-                images_BCHW.device
-            )
-            for part, _ in self.parts
-        }
+        return {part.name: self.report_of(part, images_BCHW, prompts) for part, _ in self.parts}
 
 
 def own_copy(images: Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -60,8 +60,11 @@ class OwnReward:
 
     def report(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """The object's own report (B,), or the score without gradient."""
-        images = images_BCHW.detach()
-        return (self._reporter.report if self._reporter else self)(images, prompts).detach()
+        import torch
+
+        with torch.no_grad():
+            report = self._reporter.report if self._reporter else self
+            return report(images_BCHW.detach(), prompts)
 
 
 def is_file_spec(name: str) -> bool:
