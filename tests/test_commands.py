@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return root
+
+
+def test_prompts_may_come_from_a_pipe(run: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        pool.submit((tmp_path / "pipe").write_text, "red apple\npanda face\n")
+        options = ["--model", str(run / "model"), "--prompts", str(tmp_path / "pipe")]
+        options += ["--num-steps", "4", "--output-dir", str(tmp_path / "out")]
+        assert main(["sample", *options]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_what_is_not_given_is_the_adapters_own(run: Path, tmp_path: Path):
