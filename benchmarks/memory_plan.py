@@ -43,22 +43,23 @@ class Memory:
     decoder: int
     lora_parameters: int
     call: int
-    call_positive: int
+    branch: int
     decode: int
     decode_small: int
 
     def totals(self) -> tuple[int, int, int]:
         """Nothing saved; recomputation; and everything that saves memory besides.
 
-        The text encoders are gone. With recomputation one call or the decoding is alive at a time.
+        The text encoders are gone. With recomputation one branch of one call or the decoding is
+        alive at a time.
         """
         # Weights and gradient in fp32, two moments in fp32 or in 8 bits.
         learned, learned_8_bit = 16 * self.lora_parameters, 10 * self.lora_parameters
         fixed = self.denoiser + self.decoder
         return (
             fixed + learned + GRAD_CALLS * self.call + self.decode,
-            fixed + learned + max(self.call, self.decode),
-            self.denoiser + learned_8_bit + max(self.call_positive, self.decode_small),
+            fixed + learned + max(self.branch, self.decode),
+            self.denoiser + learned_8_bit + max(self.branch, self.decode_small),
         )
 
 
@@ -136,7 +137,7 @@ def measure(name: str, rank: int) -> Memory:
         decoder=decoder,
         lora_parameters=loras,
         call=call("both"),
-        call_positive=call("positive"),
+        branch=call("positive"),
         decode=decode,
         decode_small=Kept(family.vae).of(lambda: family.decode(decoded.to(half))),
     )
@@ -169,7 +170,7 @@ def main() -> int:
     torch.is_autocast_enabled = lambda _: True  # asked of the meta device, it raises
     table = Table(title=f"GB at batch 1, four LoRAs of rank {options.rank}")
     heads = (
-        "model, denoiser, texts, decoder, LoRAs in M, one call, positive, decoding, TAESD, "
+        "model, denoiser, texts, decoder, LoRAs in M, one call, a branch, decoding, TAESD, "
         "all kept, recompute, all savings"
     )
     for head in heads.split(", "):
@@ -178,7 +179,7 @@ def main() -> int:
         with quiet():
             m = measure(name, options.rank)
         sizes = (m.denoiser, m.texts, m.decoder)
-        parts = (m.call, m.call_positive, m.decode, m.decode_small, *m.totals())
+        parts = (m.call, m.branch, m.decode, m.decode_small, *m.totals())
         table.add_row(
             name,
             *(f"{size / GB:.1f}" for size in sizes),
@@ -190,7 +191,7 @@ def main() -> int:
     console.print(
         "The last three columns are whole updates at batch 1 without the text encoders "
         "(--encode-ahead) and without the reward: activations of 7 calls kept; --recompute; and "
-        "that with --guidance-grad positive, --optimizer adamw8bit and a TAESD --decoder."
+        "that with --optimizer adamw8bit and a TAESD --decoder."
     )
     return 0
 

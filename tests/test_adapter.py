@@ -54,7 +54,7 @@ def ours(nets: ModelNetworks, steps: int, *, tuned: bool = True, placement: Plac
     schedule = nets.family.schedule(steps)
     parts = 1 if placement == "everywhere" else 4
     plan = inference_plan(schedule, parts, placement) if tuned else base_plan(schedule)
-    return Sampler(nets, schedule, plan).draw(nets.family.encode(PROMPTS), SEEDS)
+    return Sampler(nets, schedule, plan).draw(PROMPTS, SEEDS)
 
 
 def theirs(pipe, steps: int) -> torch.Tensor:

@@ -30,6 +30,18 @@ def test_round_trip_and_rotation(tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["update-000002", "update-000003"]
 
 
+def test_copies_that_a_user_keeps_beside_them_stay(tmp_path: Path):
+    save(tmp_path, 1)
+    copies = ["update-000001-good", "update-000001.bak", "update-best"]
+    for name in copies:
+        shutil.copytree(tmp_path / "update-000001", tmp_path / name)
+    for update in (2, 3, 4):
+        save(tmp_path, update)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == sorted([*copies, "update-000003", "update-000004"])
+    assert load_latest(tmp_path)[0].state == {"update": 4}
+
+
 @pytest.mark.parametrize("name", ["lora_1.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):

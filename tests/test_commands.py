@@ -242,6 +242,11 @@ def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             "here; give --model",
         ),
         (["evaluate", "--adapter", "{tmp}/moved"], "code runs only where it is named"),
+        (
+            "plan --model {run}/model --shortcut none --num-steps 8 --reward {tmp}/own.py:f "
+            "--output-dir {tmp}/planned".split(),
+            "own.py:f: raised KeyError: 'mood'",
+        ),
         (["check", "--segments", "60"], "--segments 60"),
         (["shortcut", "--segments", "60", "--output", "{tmp}/s.safetensors"], "--segments 60"),
         (["shortcut", "--output", "{run}/prompts.txt/s.safetensors"], "--output"),
@@ -257,6 +262,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     other.mkdir()
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1"}
     (other / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "own.py").write_text("def f(images, prompts):\n    raise KeyError('mood')\n")
     shutil.copytree(run / "train" / "adapter", tmp_path / "moved")
     info = json.loads((tmp_path / "moved" / "adapter.json").read_text())
     info["base_model"], info["config"]["reward"] = f"{tmp_path}/gone", "own.py:f"

@@ -333,6 +333,11 @@ def test_a_comparison_of_other_prompts_or_another_own_reward_is_refused(base, tm
     workshop(base, spec)
     with pytest.raises(UserError, match=r"own.py:bright, the prompts or a local model changed"):
         workshop(base, both)
+    watched = base.model_copy(update={"held_out": reward, "output_dir": tmp_path / "watched"})
+    workshop(watched, spec)
+    own.write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3)) / 2\n")
+    with pytest.raises(UserError, match=r"the held-out scorer, the prompts or a local model"):
+        workshop(watched, spec)
     lora = tmp_path / "few.safetensors"
     lora.symlink_to(asset("shortcut", "unguided.safetensors"))
     jumps = dataclasses.replace(spec, methods=("refl", f"jumps:shortcut={lora}"))
@@ -808,6 +813,39 @@ def test_a_rate_that_cannot_train_is_the_worst_and_ends_nothing(base, monkeypatc
         )
 
 
+def test_a_training_that_ran_out_of_memory_says_what_a_comparison_can_do(base, monkeypatch):
+    shop = workshop(base, Comparison(("refl",), ("symmetry",), 1, num_prompts=6))
+
+    def train(command: list[str], log: Any, descriptors: tuple[int, ...]) -> int:
+        log.write("error: --batch-size 2: out of memory with 2 pictures at once; go on by --resume")
+        return 2
+
+    monkeypatch.setattr(compare_runs, "_training", train)
+    with pytest.raises(UserError, match="out of memory; as refl:recompute=true it") as told:
+        compare_runs.run_all(shop, pretended, lambda _: None)
+    assert "--resume" not in str(told.value)
+
+
+def test_looks_that_are_no_numbers_are_left_out_of_curves(base, monkeypatch):
+    """The log has null for them; a seed without any is passed over."""
+    methods = ("shortft", "draft_k", "refl")
+    shop = workshop(base, Comparison(methods, ("symmetry",), 2, num_prompts=6))
+
+    def unsure(job: Job, config: Config) -> dict[str, Any]:
+        result = pretended(job, config)
+        values = [None, None] if job.method == "refl" or job.seed else [None, 0.9]
+        return {**result, "curve": [[1.0, 0.2], *zip((2.0, 3.0), values, strict=True)][job.seed :]}
+
+    monkeypatch.setattr(compare_runs, "_training", lambda *_: 0)
+    compare_runs.run_all(shop, unsure, lambda _: None)
+    results = figures.collect(shop)
+    times, values = figures.curve(results["symmetry", "draft_k"])
+    assert (times.tolist(), values.tolist()) == ([1, 3], [0.2, 0.9])
+    assert figures.seconds_to_reach(results["symmetry", "draft_k"], 0.9) == 3
+    assert "reaches" in report.markdown(shop, results)
+    assert report.write_report(shop)
+
+
 @pytest.mark.parametrize(("method", "joint"), [("refl", ":"), ("draft_k:k=2", ",")])
 def test_a_training_that_the_system_killed_says_what_takes_less(base, monkeypatch, method, joint):
     shop = workshop(base, Comparison((method,), ("symmetry",), 1, num_prompts=6))
@@ -997,11 +1035,34 @@ def test_a_comparison_of_another_model_starts_from_its_configuration(
     assert started[-1][1].learning_rate == plain.learning_rate
     assert started[-1][0].rewards == (plain.reward,)
     own = tmp_path / "own.yaml"
-    own.write_text(f"model: {model}\nshortcut: none\nreward: symmetry\nminutes: 9\n")
-    assert main(["compare", str(own)]) == 0
-    assert (started[-1][0].minutes, started[-1][0].rewards) == (9, ("symmetry",))
-    assert main(["compare"]) == 0  # the embedded model: a laptop's
-    assert started[-1][0] == BUDGETS["laptop"]
+    text = f"model: {model}\nshortcut: none\nreward: symmetry\n"
+    own.write_text(text)
+    assert main(["compare", str(own)]) == 2  # 4 minutes, as `train` takes, is nobody's choice
+    assert "error: --minutes: not given" in capsys.readouterr().err
+    for line in (f"model: {model}\nshortcut: none\n", "model: emoji\n"):
+        own.write_text(f"{line}reward: symmetry\nminutes: 9\n")
+        assert main(["compare", str(own)]) == 0
+        assert (started[-1][0].minutes, started[-1][0].rewards) == (9, ("symmetry",))
+    for command in (["compare"], ["compare", "emoji"]):  # the embedded model: a laptop's
+        assert main(command) == 0
+        assert started[-1][0] == BUDGETS["laptop"]
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("--updates", "--minutes"),
+        ("--sample-every", "--looks"),
+        ("--sample-times", "--looks"),
+        ("--sample-prompts", "--num-prompts"),
+        ("--sample-noises", "--noises"),
+    ],
+)
+def test_what_a_comparison_decides_itself_is_refused(option: str, remedy: str, capsys):
+    assert main(["compare", option, "3"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {option} 3: a comparison ")
+    assert f"give {remedy}" in told
 
 
 def test_the_laptop_budget_fits_a_laptop():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -18,7 +18,7 @@ from shortft.config import Config
 from shortft.distill import Bank, Distiller
 from shortft.distill_command import distill, distill_command
 from shortft.errors import UserError
-from shortft.families.base import Guidance
+from shortft.families.base import Conditioning, Guidance
 from shortft.kept import write_adapter
 from shortft.networks import SHORTCUT, view
 from shortft.plans import base_plan
@@ -47,9 +47,7 @@ PROMPTS = ["red apple", "panda face", "rocket", "guitar"]
 @pytest.fixture
 def distiller() -> Distiller:
     family = tiny_family()
-    return Distiller(
-        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=8
-    )
+    return Distiller(family, family.schedule(STEPS), K, Guidance(SCALE), PROMPTS, rank=8)
 
 
 def test_pieces_are_what_diffusers_walks(distiller: Distiller):
@@ -108,7 +106,7 @@ def test_visited_pieces_start_where_the_shortened_chain_goes(distiller: Distille
     for part in parts[2:]:
         rows = bank.start == part[0]
         walked = distiller.walk(
-            bank.begin[rows], distiller.cond[bank.prompt[rows]], part[0], part[-1]
+            bank.begin[rows], distiller._prompts(bank.prompt[rows]), part[0], part[-1]
         )
         torch.testing.assert_close(bank.end[rows], walked)
 
@@ -143,7 +141,7 @@ def test_a_guided_student_starts_as_a_guided_ddim_jump():
         family.schedule(STEPS),
         K,
         guided,
-        family.encode(PROMPTS),
+        PROMPTS,
         rank=4,
         student_guidance=guided,
     )
@@ -180,7 +178,7 @@ def test_the_saved_file_is_the_averaged_lora_in_diffusers_layout(
     distiller.family.load_lora(loaded, path, SHORTCUT)
     pipe = tiny_pipeline()
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
-    x, cond = distiller.family.noise([1]), distiller.cond[[0]]
+    x, cond = distiller.family.noise([1]), distiller.family.encode(PROMPTS[:1])
     with torch.no_grad():
         expected = distiller.averaged()(x, 501, cond.positive, return_dict=False)[0]
         ours = loaded(x, 501, cond.positive, return_dict=False)[0]
@@ -200,6 +198,25 @@ def test_a_perfect_jumper_measures_as_perfect():
     (f,) = measure(family, [jumper], schedule, K, cond, noise, Guidance(SCALE))
     assert f.jump_error == (0.0,) * K
     assert f.chain_psnr == pytest.approx(100)
+
+
+def test_prompts_come_to_the_device_for_the_batch_at_hand_alone(
+    distiller: Distiller, monkeypatch: pytest.MonkeyPatch
+):
+    """Thousands of them would not fit a GPU."""
+    counts: list[int] = []
+    encode = distiller.family.encode
+
+    def counted(prompts: Sequence[str]) -> Conditioning:
+        counts.append(len(prompts))
+        return encode(prompts)
+
+    monkeypatch.setattr(distiller.family, "encode", counted)
+    bank = Bank()
+    ends, rows = distiller.true_pieces(bank, 3)
+    distiller.regression_loss(bank, 2)
+    distiller.consistency_loss(ends, rows, 1)
+    assert counts == [3, 2, 1]
 
 
 def test_jump_plan_has_one_jump_per_segment():
@@ -554,9 +571,7 @@ def test_without_a_card_nobody_says_its_guidance_and_a_damaged_card_is_told(tmp_
 
 def test_a_lora_that_leaves_the_trajectory_is_found_out():
     family = tiny_family()
-    distiller = Distiller(
-        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=4
-    )
+    distiller = Distiller(family, family.schedule(STEPS), K, Guidance(SCALE), PROMPTS, rank=4)
     for average in distiller.average.values():
         average.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     jumpers = [
@@ -571,9 +586,7 @@ def test_a_lora_that_leaves_the_trajectory_is_found_out():
 def test_guidance_alone_makes_no_shortcut():
     """A LoRA that changes next to nothing lands where the base does under the same guidance."""
     family = tiny_family()
-    distiller = Distiller(
-        family, family.schedule(STEPS), K, Guidance(SCALE), family.encode(PROMPTS), rank=4
-    )
+    distiller = Distiller(family, family.schedule(STEPS), K, Guidance(SCALE), PROMPTS, rank=4)
     for average in distiller.average.values():
         average.add_(torch.randn(average.shape, generator=torch.Generator().manual_seed(1)) / 100)
     guided = Guidance(SCALE)

@@ -104,7 +104,7 @@ def test_round_trip(tmp_path: Path, name: str):
     write_plain_adapter(states, info, family, tmp_path / "plain")
 
     def ours(folder: Path) -> Tensor:
-        return load_tuned(family, folder, None, None).draw(family.encode(PROMPTS), SEEDS)
+        return load_tuned(family, folder, None, None).draw(PROMPTS, SEEDS)
 
     out = {kind: tmp_path / kind for kind in ("diffusers", "kohya", "comfyui", "merged")}
     for kind, folder in out.items():

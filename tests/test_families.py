@@ -76,7 +76,7 @@ def ours(
     schedule = family.schedule(steps)
     nets = nets or ModelNetworks(family, guidance=Guidance(SCALE))
     sampler = Sampler(nets, schedule, plan or base_plan(schedule))
-    return sampler.draw(family.encode(PROMPTS), SEEDS)
+    return sampler.draw(PROMPTS, SEEDS)
 
 
 def theirs(
@@ -193,7 +193,7 @@ def test_jumps_over_whole_segments_are_the_pipeline_in_few_steps(models, name: s
         loras=1,  # which starts as nothing
     )
     plan = inference_plan(schedule, 4, "few_step")
-    images = Sampler(nets, schedule, plan).draw(family.encode(PROMPTS), SEEDS)
+    images = Sampler(nets, schedule, plan).draw(PROMPTS, SEEDS)
     expected = theirs(tiny(name), 16, steps=4)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
     assert (expected - theirs(tiny(name), 16, steps=5)).abs().max() > 1e-3
@@ -606,7 +606,7 @@ def test_an_older_adapter_of_sd3_acts_where_it_was_trained(models, tmp_path: Pat
     sampler = load_tuned(family, tmp_path, None, None)
     assert sampler.schedule.cut_by == "steps"
     assert sampler.plan != inference_plan(family.schedule(STEPS), K)
-    images = sampler.draw(family.encode(PROMPTS), SEEDS)
+    images = sampler.draw(PROMPTS, SEEDS)
     pipe = tiny("sd3")
     load_adapter(pipe, tmp_path)
     torch.testing.assert_close(images, theirs(pipe, 16), atol=1e-5, rtol=0)

@@ -186,6 +186,24 @@ def test_what_a_resumed_run_remembers_of_its_evaluations(settings, tmp_path: Pat
             assert remembered() == (False, False), name
     assert remembered() == (True, True)
 
+    own = tmp_path / "watch.py"
+    own.write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    watched = config.model_copy(update={"held_out": f"{own}:f"})
+    trainer.config = watched
+    keep(trainer, 0)
+    unwatched, (saved, _) = saved, load_latest(config.output_dir / "checkpoints")
+    assert remembered(held_out=f"{own}:f") == (True, True)
+    own.write_text("def f(images, prompts):\n    return -images.mean((1, 2, 3))\n")
+    assert remembered(held_out=f"{own}:f") == (False, False)
+    saved = unwatched
+
+    # What a few-step model's LoRA is drawn by is its own guidance too.
+    for placement, seen in (("few_step", False), ("stacked", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "placement", placement)
+            patch.setattr(trainer, "jumps_by", ["file", 2.0, 1.0])
+            assert remembered() == (seen, seen)
+
     log, alarming = MetricsLog(tmp_path / "log", 0, enabled=True), Look(4, 9.0, 0.1)
     for guard in ("off", "warn", "stop"):
         assert remembered(guard=guard)[0]

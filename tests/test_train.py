@@ -225,7 +225,7 @@ def test_what_saves_memory_is_what_a_resume_allows(settings, monkeypatch):
     monkeypatch.setattr("shortft.out_of_memory.devices", lambda: [SimpleNamespace(bf16=True)])
     config = Config(**settings).model_copy(update={"merge": True, "reward": "pickscore"})
     ways = savings(config)
-    assert {"--recompute", "--guidance-grad positive", "--no-merge"} < ways.keys()
+    assert {"--recompute", "--no-merge"} < ways.keys()
     assert {"--optimizer adamw8bit", "--reward-device offload"} < ways.keys()
     told = advice(config, 2)
     for option in ways:
@@ -237,8 +237,6 @@ def test_no_advice_is_given_that_would_not_help(settings):
     config = Config(**settings)
     assert "--accumulation 4" in savings(config)
     assert "--accumulation 4" not in savings(config, 1)  # split on the way to single pictures
-    unguided = config.model_copy(update={"guidance_scale": 1.0})
-    assert "--guidance-grad positive" not in savings(unguided)
 
 
 def test_a_lack_of_memory_while_a_checkpoint_is_read_is_told_as_that(settings, monkeypatch):
@@ -411,11 +409,10 @@ def test_a_tuned_shortcut_is_sampled_by_its_own_chain_or_the_bases(settings):
     load_into(trainer.nets, adapter)
     prompts, own = trainer.pictures()
     seeds = [sample_seed(config.seed, 3, i) for i in range(len(prompts))]
-    cond = trainer.family.encode(prompts)
 
     def drawn(**options: bool) -> tuple[int, torch.Tensor]:
         sampler = load_tuned(trainer.family, adapter, None, None, **options)
-        return sampler.plan.calls, sampler.draw(cond, seeds)
+        return sampler.plan.calls, sampler.draw(prompts, seeds)
 
     calls, again = drawn()
     assert calls == 4

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from shortft.plans import Net, Plan, Step
 from shortft.schedule import Schedule, jump, jump_to_x0, x0_at
@@ -17,8 +16,14 @@ from shortft.schedule import Schedule, jump, jump_to_x0, x0_at
 class Networks(Protocol):
     """What a chain needs from a model: the prediction of a step's network."""
 
-    def predict(self, step: Step, latents: Tensor, timestep: float, cond: Any) -> Tensor:
-        """Prediction with the shape of latents; guidance is the networks' business."""
+    def predict(
+        self, step: Step, latents: Tensor, timestep: float, cond: Any, *, recompute: bool = False
+    ) -> Tensor:
+        """Prediction with the shape of latents; guidance is the networks' business.
+
+        Args:
+            recompute: run again in the backward pass instead of keeping activations.
+        """
 
 
 def run_chain(
@@ -62,14 +67,9 @@ def run_chain(
     if plan.renoise and fresh_noise is None:
         raise ValueError("this plan re-noises the chain's end; pass fresh_noise=")
 
-    def call(x: Tensor, step: Step) -> Tensor:
-        return nets.predict(step, x, float(schedule.timesteps[step.start]), cond)
-
-    def keep(x: Tensor, step: Step) -> Tensor:
-        if not recompute:
-            return call(x, step)
-        kept: Tensor = checkpoint(call, x, step, use_reentrant=False, preserve_rng_state=False)
-        return kept
+    def call(x: Tensor, step: Step, *, recompute: bool = recompute) -> Tensor:
+        timestep = float(schedule.timesteps[step.start])
+        return nets.predict(step, x, timestep, cond, recompute=recompute)
 
     def predict(x: Tensor, step: Step, builds_graph: bool) -> Tensor:
         seen = scale_grad(x, step.input_grad)
@@ -77,11 +77,11 @@ def run_chain(
             return torch.zeros_like(x)  # its value is not used, and the jump is affine in it
         if not builds_graph:
             with torch.no_grad():
-                return call(seen, step)
-        prediction = keep(seen, step)
+                return call(seen, step, recompute=False)
+        prediction = call(seen, step)
         if observe_drift and step.trains:
             net: Net = "shortcut" if step.net == "shortcut" else "base"
-            untuned = keep(seen, replace(step, net=net, adapters=0, trains=False))
+            untuned = call(seen, replace(step, net=net, adapters=0, trains=False))
             observe_drift((prediction - untuned).square().flatten(1).mean(1))
         return scale_grad(prediction, step.gain)
 

@@ -103,7 +103,8 @@ def save_checkpoint(
             f"{final}: cannot be written ({error.strerror or error}); the checkpoint before it is "
             "whole: make room or mend the disk, then go on by --resume"
         ) from error
-    for old in (*_all(root)[keep:], *root.glob(f"{ASIDE}*")):
+    runs_own = [path for path in _all(root) if _number(path) >= 0]  # a user may keep copies there
+    for old in (*runs_own[keep:], *root.glob(f"{ASIDE}*")):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

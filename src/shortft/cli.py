@@ -34,7 +34,7 @@ from shortft.cli_options import (
     TunedModelOption,
     with_config_options,
 )
-from shortft.config import Config, load_config, to_yaml
+from shortft.config import Config, load_config, read_settings, to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_file, check_reward, read_prompts
@@ -495,14 +495,16 @@ def compare(
     if config_file is None and options.get("model") in (None, EMBEDDED):
         config_file = Path(EMBEDDED)
     base = _config(config_file, base_options(options))
-    says_minutes = options.get("minutes") is not None
-    if base.model != EMBEDDED:  # whose own are a training's, the budgets' a comparison's
-        says_minutes |= config_file is not None
+    # What the user's own file says of rewards and time goes before a budget's; without one, or with
+    # the embedded model's recipe, the budget's do.
+    named = {} if config_file == Path(EMBEDDED) else _settings_in(config_file)
+    says_minutes = options.get("minutes") is not None or "minutes" in named
+    its_reward = (base.reward,) if "reward" in named else None
     chosen = comparison_from(
         budget,
         base,
         methods=methods and parse_list("--methods", methods),
-        rewards=rewards and parse_list("--rewards", rewards),
+        rewards=parse_list("--rewards", rewards) if rewards else its_reward,
         seeds=seeds,
         minutes=base.minutes if says_minutes else None,
         search=search and parse_list("--search", search),
@@ -550,6 +552,13 @@ def _config(path: Path | None, options: dict[str, object]) -> Config:
     budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
     if len(budgets) == 1:  # takes the place of the file's
         given = {**dict.fromkeys(BUDGETS, None), **given}
-    if path is not None and not is_file(path) and str(path) in recipe_names():
-        return load_config(None, {**recipe(str(path)), **given})
-    return load_config(path, given)
+    return load_config(None, {**_settings_in(path), **given})
+
+
+def _settings_in(path: Path | None) -> dict[str, object]:
+    """What a file or a recipe of that name says; a file goes first."""
+    if path is None:
+        return {}
+    if not is_file(path) and str(path) in recipe_names():
+        return dict(recipe(str(path)))
+    return dict(read_settings(path))

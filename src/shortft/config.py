@@ -126,8 +126,8 @@ class Config(BaseModel):
     )
     guidance_grad: Literal["both", "positive"] = Field(
         "both",
-        description="Guidance branches that carry gradient: 'both', or 'positive' (half the "
-        "memory).",
+        description="Guidance branches that carry gradient: 'both', or 'positive', which is not "
+        "exact and saves half the memory where --recompute does not.",
     )
     shortcut: str = Field(
         "auto",
@@ -464,8 +464,17 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
     Raises:
         UserError: the file is missing, not UTF-8, not YAML or not a mapping, or a value is wrong.
     """
-    values = {} if path is None else parse_yaml(read_text(path, ""), str(path))
+    values = {} if path is None else read_settings(path)
     return Config.model_validate({**values, **(overrides or {})})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a YAML file says, unchecked.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, not YAML or not a mapping.
+    """
+    return parse_yaml(read_text(path, ""), str(path))
 
 
 def to_yaml(config: Config) -> str:

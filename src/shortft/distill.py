@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Distiller:
     Args:
         family: the model to imitate.
         guidance: the guidance of the chain to imitate.
-        cond: encoded prompts to draw from; they may lie in main memory.
+        prompts: to draw from.
         rank: of the LoRA on attention, feed-forward, convolution, projection and time layers.
         student_guidance: how the shortcut itself runs. Unguided it costs one evaluation and must
             learn guidance too; with the chain's own it costs two and starts as a guided DDIM jump.
@@ -95,14 +95,14 @@ class Distiller:
         schedule: Schedule,
         k: int,
         guidance: Guidance,
-        cond: Conditioning,
+        prompts: Sequence[str],
         *,
         rank: int = 64,
         student_guidance: Guidance | None = None,
         seed: int = 0,
     ) -> None:
         self.family, self.schedule, self.k = family, schedule, k
-        self.guidance, self.cond = guidance, cond
+        self.guidance, self.prompts = guidance, prompts
         self.student_guidance = student_guidance or Guidance()
         self.seed = seed
         self.parts = segments(schedule, k)
@@ -332,13 +332,13 @@ class Distiller:
         return alpha.view(shape).to(x), sigma.view(shape).to(x)
 
     def _draw(self, count: int) -> tuple[Tensor, Conditioning, Tensor]:
-        rows = self._rows(len(self.cond), count)
+        rows = self._rows(len(self.prompts), count)
         self.draws += 1
         seeds = [sample_seed(self.seed, 1, self.draws, i) for i in range(count)]
         return rows, self._prompts(rows), self.family.noise(seeds)
 
     def _prompts(self, rows: Tensor) -> Conditioning:
-        return self.cond[rows].to(self.family.device)
+        return self.family.encode([self.prompts[row] for row in rows.tolist()])
 
     def _rows(self, total: int, count: int) -> Tensor:
         return torch.randint(total, (count,), generator=self._generator())

@@ -217,7 +217,6 @@ def distill_command(
             "that there is nothing to jump over; give fewer segments"
         )
     family.encode_ahead([*training, *held_out])  # the text encoders are not needed any more
-    cond = family.encode(training).to("cpu")
     student_guidance = Guidance(
         shortcut_guidance_scale or few_step_guidance(family, guidance.scale)
     )
@@ -226,7 +225,7 @@ def distill_command(
         schedule,
         segments,
         guidance,
-        cond,
+        training,
         rank=rank,
         student_guidance=student_guidance,
         seed=seed,

@@ -105,8 +105,7 @@ def evaluate(
         )
     progress("tuned")
     noises = _noise_seeds(seed, len(prompts), seeds)
-    cond = family.encode(repeated)
-    after = sampler.draw(cond, noises, batch_size=batch_size)
+    after = sampler.draw(repeated, noises, batch_size=batch_size)
     progress("scores")
     judged = partial(_judged, reward)
     scored = _measured(reward, judged, (before, after), repeated, family, reward.name)
@@ -155,10 +154,10 @@ def base_pictures(
     """(P·S, 3, H, W) pictures of the base model, as `evaluate` makes them."""
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     nets, schedule = ModelNetworks(family, guidance=Guidance(scale)), family.schedule(num_steps)
-    cond = family.encode([prompt for prompt in prompts for _ in range(seeds)])
+    repeated = [prompt for prompt in prompts for _ in range(seeds)]
     noises = _noise_seeds(seed, len(prompts), seeds)
     sampler = Sampler(nets, schedule, base_plan(schedule))
-    return sampler.draw(cond, noises, batch_size=batch_size)
+    return sampler.draw(repeated, noises, batch_size=batch_size)
 
 
 def try_out(reward: WeightedSum, prompts: list[str], family: Family) -> None:

@@ -12,6 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from shortft.families.base import Conditioning, Family, Guidance
+from shortft.families.base import Conditioning, Family, Guidance, recomputed
 from shortft.lora_layers import MergedLinear, StackedLinear
 from shortft.plans import Step
 
@@ -263,10 +264,25 @@ class ModelNetworks:
             self._tuned[key] = made
         return self._tuned[key]
 
-    def predict(self, step: Step, latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
-        """The guided prediction of a step's network."""
-        g = self.shortcut_guidance if step.net == "shortcut" else self.guidance
-        return self.family.predict(self.module(step), latents, timestep, cond, g)
+    def predict(
+        self,
+        step: Step,
+        latents: Tensor,
+        timestep: float,
+        cond: Conditioning,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
+        """The guided prediction of a step's network, see `chain.Networks`."""
+        predict = partial(self.family.predict, self.module(step))
+        g = self.guidance_of(step)
+        if recompute:
+            return recomputed(predict, latents, timestep, cond, g)
+        return predict(latents, timestep, cond, g)
+
+    def guidance_of(self, step: Step) -> Guidance:
+        """What a step's network runs with."""
+        return self.shortcut_guidance if step.net == "shortcut" else self.guidance
 
 
 def _set_strength(module: nn.Module, strength: float) -> None:

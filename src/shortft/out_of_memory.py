@@ -16,7 +16,7 @@ from shortft.rewards.places import reward_places
 from shortft.rewards.spec import scorers
 
 # Savings that give other updates, which a resumed run must ask for.
-NEED_LEAVE = {"--guidance-grad", "--precision", "--decoder", "--optimizer"}
+NEED_LEAVE = {"--precision", "--decoder", "--optimizer"}
 
 
 def ran_out(error: BaseException) -> bool:
@@ -38,8 +38,6 @@ def savings(config: Config, micro_batch: int | None = None) -> dict[str, str]:
     at_once = micro_batch or parts // config.accumulation
     if not config.recompute:
         ways["--recompute"] = "activations of one call instead of all"
-    if config.guidance_grad == "both" and config.guidance_scale != 1:
-        ways["--guidance-grad positive"] = "half of each call"
     if at_once > 1:
         ways[f"--accumulation {parts}"] = "pictures one by one, same updates"
     if config.precision == "fp32" and devices()[0].bf16:

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shortft.cause import noting_cause
 from shortft.config import Config
 from shortft.cost import Call, Cost, Kept
-from shortft.families.base import Conditioning
+from shortft.families.base import Conditioning, branches
+from shortft.judge import judge, pull
 from shortft.methods import METHODS
 from shortft.plans import Step
 from shortft.schedule import segments
@@ -36,8 +38,12 @@ def measure_cost(trainer: Trainer) -> Cost:
 
     def decode() -> None:
         images = trainer.family.decode(noise.clone().requires_grad_())
-        with trainer.reward.at_work(images.device):
-            trainer.reward(images, batch.prompts).sum().backward()
+        pixels = images.detach().requires_grad_()
+        seconds, reward = trainer.config.reward_seconds, trainer.reward
+        with reward.at_work(images.device):
+            scores = reward.combine(judge(reward, pixels, batch.prompts, seconds=seconds))
+            gradient = pull(scores.sum(), pixels, reward.name)
+        images.backward(gradient)
 
     def timed(action: Callable[[], None]) -> tuple[float, int]:
         action()
@@ -52,7 +58,11 @@ def measure_cost(trainer: Trainer) -> Cost:
 
     def timed_call(without: Step, trained: Step) -> Call:
         seconds, _ = timed(partial(forward, without))
-        return Call(seconds, *timed(partial(gradient, trained)))
+        with_gradient, kept = timed(partial(gradient, trained))
+        g = trainer.nets.guidance_of(trained)
+        if trainer.config.recompute and g.grad == "both":  # one branch after the other
+            kept //= branches(cond, g)
+        return Call(seconds, with_gradient, kept)
 
     policy = Step(0, 1, "policy", trainer.nets.loras, trains=True)
     call = jump = timed_call(Step(0, 1, "base"), policy)
@@ -86,7 +96,8 @@ def show_plan(config: Config, png: Path | None = None) -> None:
     console = Console()
     with console.status(f"loading {config.model}, timing one call"):
         trainer = Trainer(config.model_copy(update={"tensorboard": False}))
-        cost = measure_cost(trainer)
+        with noting_cause(config.output_dir):
+            cost = measure_cost(trainer)
     times = trainer.schedule.timesteps.tolist()
     method = METHODS[config.method]
     by_segment = method.by_segment

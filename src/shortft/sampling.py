@@ -13,7 +13,7 @@ from shortft.adapter import load_into, read_info
 from shortft.assets import EMBEDDED
 from shortft.chain import run_chain
 from shortft.errors import UserError
-from shortft.families.base import Conditioning, Family, Guidance
+from shortft.families.base import Family, Guidance
 from shortft.inputs import make_output_dir
 from shortft.methods.catalog import METHODS
 from shortft.networks import ModelNetworks, few_step_guidance
@@ -32,24 +32,24 @@ class Sampler:
     schedule: Schedule
     plan: Plan
 
-    def draw(self, cond: Conditioning, seeds: list[int], *, batch_size: int = 16) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] on the CPU; image i is of cond[i] and seeds[i] alone."""
+    def draw(self, prompts: list[str], seeds: list[int], *, batch_size: int = 16) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] on the CPU; image i is of prompt i and seed i alone."""
         side = self.nets.family.resolution
         images = torch.empty(len(seeds), 3, side, side, dtype=torch.float32)
-        for rows, drawn in self.in_batches(cond, seeds, batch_size):
+        for rows, drawn in self.in_batches(prompts, seeds, batch_size):
             images[rows] = drawn
         return images
 
     @torch.no_grad()
     def in_batches(
-        self, cond: Conditioning, seeds: list[int], batch_size: int
+        self, prompts: list[str], seeds: list[int], batch_size: int
     ) -> Iterator[tuple[slice, Tensor]]:
         """The same as they are drawn: which ones, and the images."""
         family = self.nets.family
         for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
-            noise = family.noise(seeds[rows])
-            latents = run_chain(self.plan, self.nets, noise, cond[rows], self.schedule)
+            cond, noise = family.encode(prompts[rows]), family.noise(seeds[rows])
+            latents = run_chain(self.plan, self.nets, noise, cond, self.schedule)
             yield rows, decode_few(family, latents).float().cpu()
 
 
@@ -163,9 +163,8 @@ def sample(
         sampler = load_tuned(family, adapter, num_steps, guidance_scale, strength)
         family.encode_ahead(prompts)  # the text encoders are not needed any more
     seeds = [seed + i for i in range(len(prompts))]
-    cond = family.encode(prompts)
     with console.status(f"{len(prompts)} pictures, {sampler.plan.calls} steps each"):
-        for rows, images in sampler.in_batches(cond, seeds, batch_size):
+        for rows, images in sampler.in_batches(prompts, seeds, batch_size):
             saved = save_images(output_dir, images, prompts[rows], seeds[rows], first=rows.start)
             for path in saved:
                 console.print(str(path), markup=False, highlight=False, soft_wrap=True)

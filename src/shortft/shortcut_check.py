@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shortft.chain import run_chain
 from shortft.errors import UserError
-from shortft.families.base import Conditioning, Family, Guidance
+from shortft.families.base import Conditioning, Family, Guidance, branches
 from shortft.plans import Plan, Step, base_plan
 from shortft.sampling import check_segments, decode_few
 from shortft.schedule import Schedule, jump, segments
@@ -28,7 +28,7 @@ class Jumper:
 
     def evaluations(self, cond: Conditioning) -> int:
         """Network evaluations per jump: two under guidance that needs the empty prompt."""
-        return 1 if self.guidance.scale == 1 or not cond.negative.shape[1] else 2
+        return branches(cond, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,16 @@ class Jumping:
     guidance: Guidance
     jumper: Jumper
 
-    def predict(self, step: Step, latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+    def predict(
+        self,
+        step: Step,
+        latents: Tensor,
+        timestep: float,
+        cond: Conditioning,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Without gradient, so that there is nothing to recompute."""
         if step.net == "shortcut":
             net, g = self.jumper.module, self.jumper.guidance
         else:

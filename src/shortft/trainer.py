@@ -371,8 +371,7 @@ class Trainer:
         seeds = [sample_seed(self.config.seed, PICTURES, i) for i in range(count * noises)]
         with self.average.in_place():
             sampler = Sampler(self.nets, self.schedule, self.inference)
-            cond = self.family.encode(prompts)
-            images = sampler.draw(cond, seeds, batch_size=self.micro_batch)
+            images = sampler.draw(prompts, seeds, batch_size=self.micro_batch)
         return prompts, images
 
 

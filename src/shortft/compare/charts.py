@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from shortft.compare.figures import Results, by_gain, curve, held_out, names_shown
+from shortft.compare.figures import Results, by_gain, curve, held_out, looked_at, names_shown
 from shortft.compare.jobs import Workshop
 from shortft.drawing.grids import save_grid
 from shortft.drawing.lines import Line, Panel, draw_lines
@@ -42,8 +42,8 @@ def time_lines(results: Results, reward: str) -> list[Line]:
     lines = []
     names = names_shown([method for r, method in results if r == reward])
     for method, name in names.items():
-        runs = results[reward, method]
-        if runs[0]["curve"]:
+        runs = looked_at(results[reward, method])
+        if runs:
             times, values = curve(runs)
             thin = [([t for t, _ in run["curve"]], [v for _, v in run["curve"]]) for run in runs]
             strong = name == "shortft"

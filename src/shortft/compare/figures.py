@@ -24,6 +24,8 @@ def collect(workshop: Workshop) -> Results:
         if job.search or not job.done:
             continue
         result = read_result(job)
+        # A score on the way that was not a number says nothing.
+        result["curve"] = [point for point in result["curve"] if point[1] is not None]
         results.setdefault((job.reward, job.method), []).append(result)
         if "plain_chain" in result:
             plain = {**result, **result["plain_chain"], "curve": []}
@@ -130,11 +132,18 @@ def mean_gain_ratio(results: Results, rewards: Sequence[str], method: str) -> fl
     return mean(known) if len(known) == len(ratios) else None
 
 
+def looked_at(runs: Runs) -> Runs:
+    """Those with evaluations on the way."""
+    return [run for run in runs if run["curve"]]
+
+
 def curve(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of training and the median over seeds of the reward on the way.
 
-    Seeds are brought onto the first one's times by linear interpolation.
+    Seeds are brought onto the first one's times by linear interpolation; those without a curve are
+    passed over.
     """
+    runs = looked_at(runs)
     times = np.array([point[0] for point in runs[0]["curve"]])
     values = [
         np.interp(times, [p[0] for p in run["curve"]], [p[1] for p in run["curve"]]) for run in runs
@@ -145,14 +154,14 @@ def curve(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
 def final_reward_of_best_rival(results: Results, reward: str) -> float | None:
     """Where the curve of the best rival ends; a rival without a curve is passed over."""
     for method in by_gain(results, reward):
-        if is_rival(method) and results[reward, method][0]["curve"]:
+        if is_rival(method) and looked_at(results[reward, method]):
             return float(curve(results[reward, method])[1][-1])
     return None
 
 
 def seconds_to_reach(runs: Runs, level: float) -> float | None:
     """When the median curve first is at a level, by linear interpolation; None if never."""
-    if not runs[0]["curve"]:
+    if not looked_at(runs):
         return None
     times, values = curve(runs)
     for i, value in enumerate(values):

@@ -16,7 +16,7 @@ from shortft.compare.spec import Comparison
 from shortft.config import Config, load_config
 from shortft.drawing.files import write_atomic
 from shortft.errors import UserError
-from shortft.fingerprint import fingerprint
+from shortft.fingerprint import fingerprint, held_out_print
 from shortft.inputs import read_prompts
 from shortft.methods.catalog import METHODS, has_own_rate, variant_settings
 from shortft.paths import is_file
@@ -90,6 +90,8 @@ class Workshop:
             reward: fingerprint(config, [*listed, *held_out], None)
             for reward, config in rewards.items()
         }
+        if self.base.held_out:
+            wanted["inputs"]["the held-out scorer"] = held_out_print(self.base)
         files = {str(config.shortcut) for config in self.configs.values()}
         wanted["inputs"] |= {file: sha256(Path(file)) for file in sorted(files) if is_file(file)}
         found = self._found()

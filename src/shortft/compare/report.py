@@ -22,6 +22,7 @@ from shortft.compare.figures import (
     gain_ratio,
     interval,
     is_rival,
+    looked_at,
     mean_gain_ratio,
     median_gain,
     names_shown,
@@ -89,7 +90,7 @@ def reached_text(results: Results, reward: str, method: str) -> str:
     if best_rival(results, reward) is None:
         return "no rival ran"
     runs, level = results[reward, method], final_reward_of_best_rival(results, reward)
-    if level is None or not runs[0]["curve"]:
+    if level is None or not looked_at(runs):
         return "not measured"
     when = seconds_to_reach(runs, level)
     if when is None:

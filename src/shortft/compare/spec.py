@@ -144,12 +144,17 @@ BUDGETS = {
 }
 
 
-# What a comparison has several of, and the option that lists them.
-SEVERAL = {
-    "method": "--methods",
-    "method_options": "--methods name:option=value",
-    "reward": "--rewards",
-    "seed": "--seeds",
+# What a comparison says by an option of its own, and which.
+INSTEAD = {
+    "method": "has several; give --methods",
+    "method_options": "has several; give --methods name:option=value",
+    "reward": "has several; give --rewards",
+    "seed": "has several; give --seeds",
+    "updates": "trains all methods for the same time; give --minutes",
+    "sample_every": "looks at equal times; give --looks",
+    "sample_times": "looks at equal times; give --looks",
+    "sample_prompts": "draws held-out prompts; give --num-prompts",
+    "sample_noises": "draws held-out prompts; give --noises",
 }
 
 
@@ -157,13 +162,11 @@ def base_options(given: Mapping[str, object]) -> dict[str, object]:
     """Options of `shortft train`, given to all runs alike, as those of their common base.
 
     Raises:
-        UserError: for one that a comparison has several of.
+        UserError: for one that a comparison has an option of its own for.
     """
-    for name, instead in SEVERAL.items():
+    for name, instead in INSTEAD.items():
         if given.get(name) is not None:
-            raise UserError(
-                f"{option_name(name)} {given[name]}: a comparison has several; give {instead}"
-            )
+            raise UserError(f"{option_name(name)} {given[name]}: a comparison {instead}")
     output_dir = given.get("output_dir") or "runs/compare"
     # Competitors bring methods; the base's would only ask for its segments and its shortcut.
     return {**given, "output_dir": output_dir, "method": "full", "method_options": {}}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shortft.schedule import Schedule
 
@@ -21,7 +23,8 @@ class Guidance:
     Attributes:
         scale: weight of the difference between the branches; 1 runs the prompt's branch alone.
             A network distilled from guidance takes it as an input, in one evaluation.
-        grad: whether gradient flows through both branches or the prompt's only (half the memory).
+        grad: whether gradient flows through both branches, or the prompt's only: half the memory
+            where activations are kept, and not the gradient of what is drawn.
     """
 
     scale: float = 1.0
@@ -122,6 +125,38 @@ class Family(Protocol):
 
     def load_lora(self, net: nn.Module, path: Path, adapter_name: str) -> None:
         """Add a LoRA in any layout that diffusers reads to a view of the denoiser."""
+
+
+def branches(cond: Conditioning, g: Guidance) -> int:
+    """Evaluations of a guided prediction: two where it takes the empty prompt's too."""
+    return 1 if g.scale == 1 or not cond.negative.shape[1] else 2
+
+
+def recomputed(
+    predict: Callable[[Tensor, float | Tensor, Conditioning, Guidance], Tensor],
+    latents: Tensor,
+    timestep: float | Tensor,
+    cond: Conditioning,
+    g: Guidance,
+) -> Tensor:
+    """A guided prediction that keeps no activations but runs again in the backward pass.
+
+    Its branches run one after the other, so that the backward pass holds one's activations at a
+    time, with the exact gradient of both.
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if branches(cond, g) == 1:
+        whole: Tensor = again(predict, latents, timestep, cond, g)
+        return whole
+    alone = Guidance()
+    positive: Tensor = again(predict, latents, timestep, cond, alone)
+    empty = Conditioning(cond.negative, cond.negative, cond.negative_pooled, cond.negative_pooled)
+    if g.grad == "both":
+        negative: Tensor = again(predict, latents, timestep, empty, alone)
+    else:
+        with torch.no_grad():
+            negative = predict(latents, timestep, empty, alone)
+    return negative + g.scale * (positive - negative)
 
 
 def classifier_free(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +119,8 @@ def estimate(config: Config, folder: Path, *, gpu: bool, speed: float) -> Estima
     numbers = lora_numbers(config, family)
     own = shortcut_guidance(config) or few_step_guidance(family, guidance.scale)
     jump_guidance = Guidance(own, config.guidance_grad)
+    if config.recompute:  # one branch after the other
+        guidance, jump_guidance = (replace(g, grad="positive") for g in (guidance, jump_guidance))
     adapted = lora_layers(family)
     call, jump, picture = _counted(family, adapted, (guidance, jump_guidance))
     at_once = 1 if config.recompute else micro  # pictures that are decoded together
