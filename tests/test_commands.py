@@ -243,8 +243,19 @@ def test_plan(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ),
         (["evaluate", "--adapter", "{tmp}/moved"], "code runs only where it is named"),
         (
-            "plan --model {run}/model --shortcut none --num-steps 8 --reward {tmp}/own.py:f "
-            "--output-dir {tmp}/planned".split(),
+            [
+                "plan",
+                "--model",
+                "{run}/model",
+                "--shortcut",
+                "none",
+                "--num-steps",
+                "8",
+                "--reward",
+                "{tmp}/own.py:f",
+                "--output-dir",
+                "{tmp}/planned",
+            ],
             "own.py:f: raised KeyError: 'mood'",
         ),
         (["check", "--segments", "60"], "--segments 60"),
