@@ -10,7 +10,8 @@ import pytest
 import typer.main
 
 from shortft.assets import asset
-from shortft.cli import _config, app, main
+from shortft.cli import app, main
+from shortft.cli_options import config_of
 from shortft.compare import command
 from shortft.compare.jobs import Workshop
 from shortft.config import Config
@@ -74,7 +75,7 @@ def test_commands_are_understood(
             given = {key: context.params[key] for key in Config.model_fields}
             if name == "compare":
                 given["output_dir"] = None
-            _config(context.params["config_file"], given)
+            config_of(context.params["config_file"], given)
         if name == "compare":  # its methods and rewards are checked when it begins
             monkeypatch.setattr(command, "compare_command", lambda *args, **_: Workshop(*args))
             assert main(arguments) == 0

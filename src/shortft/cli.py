@@ -32,14 +32,14 @@ from shortft.cli_options import (
     StepsOption,
     StrengthOption,
     TunedModelOption,
+    config_of,
+    settings_in,
     with_config_options,
 )
-from shortft.config import Config, load_config, read_settings, to_yaml
+from shortft.config import to_yaml
 from shortft.confined import COMPARISON, RUN, refuse_links
 from shortft.errors import Stopped, UserError
 from shortft.inputs import check_output_file, check_reward, read_prompts
-from shortft.paths import is_file
-from shortft.recipes import recipe, recipe_names
 from shortft.redact import without_secrets
 
 app = typer.Typer(
@@ -49,7 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BUDGETS = ("updates", "minutes")
 # A disk's faults; what is written to a file that is open tells no name.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 # Every mistake in option names or values; typer keeps this class of click in varying places.
@@ -158,7 +157,7 @@ def train(
     """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
     from shortft.launcher import as_launched
 
-    config = as_launched(_config(config_file, options))
+    config = as_launched(config_of(config_file, options))
     refuse_links(config.output_dir, RUN)
     if dry_run:
         print(to_yaml(config), end="", flush=True)
@@ -183,7 +182,7 @@ def plan(
     """Draw the chain of every stage and its cost. Takes the options of train."""
     if png is not None:
         png = check_output_file("--png", png)
-    config = _config(config_file, options)
+    config = config_of(config_file, options)
     from shortft.plan_view import show_plan
 
     show_plan(config, png)
@@ -494,10 +493,10 @@ def compare(
 
     if config_file is None and options.get("model") in (None, EMBEDDED):
         config_file = Path(EMBEDDED)
-    base = _config(config_file, base_options(options))
+    base = config_of(config_file, base_options(options))
     # What the user's own file says of rewards and time goes before a budget's; without one, or with
     # the embedded model's recipe, the budget's do.
-    named = {} if config_file == Path(EMBEDDED) else _settings_in(config_file)
+    named = {} if config_file == Path(EMBEDDED) else settings_in(config_file)
     says_minutes = options.get("minutes") is not None or "minutes" in named
     its_reward = (base.reward,) if "reward" in named else None
     chosen = comparison_from(
@@ -544,21 +543,3 @@ def doctor() -> int:
     from shortft.doctor import doctor
 
     return doctor()
-
-
-def _config(path: Path | None, options: dict[str, object]) -> Config:
-    """A file's or a recipe's settings with the options on top; a file of that name goes first."""
-    given = {name: v for name, v in options.items() if v is not None}
-    budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
-    if len(budgets) == 1:  # takes the place of the file's
-        given = {**dict.fromkeys(BUDGETS, None), **given}
-    return load_config(None, {**_settings_in(path), **given})
-
-
-def _settings_in(path: Path | None) -> dict[str, object]:
-    """What a file or a recipe of that name says; a file goes first."""
-    if path is None:
-        return {}
-    if not is_file(path) and str(path) in recipe_names():
-        return dict(recipe(str(path)))
-    return dict(read_settings(path))

@@ -11,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from shortft.assets import EMBEDDED
-from shortft.config import Config, option_name
+from shortft.config import Config, load_config, option_name, read_settings
 from shortft.inputs import (
     check_model_source,
     check_output_dir,
@@ -20,8 +20,10 @@ from shortft.inputs import (
     read_prompts,
 )
 from shortft.paths import is_dir, is_file
+from shortft.recipes import recipe, recipe_names
 from shortft.shortcuts import check_shortcut
 
+BUDGETS = ("updates", "minutes")
 Command = TypeVar("Command", bound=Callable[..., object])
 
 ModelOption = Annotated[
@@ -163,3 +165,21 @@ def _shown(default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     return "none" if default in (None, {}, ()) else str(default)
+
+
+def config_of(path: Path | None, options: dict[str, object]) -> Config:
+    """A file's or a recipe's settings with the options on top; a file of that name goes first."""
+    given = {name: v for name, v in options.items() if v is not None}
+    budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
+    if len(budgets) == 1:  # takes the place of the file's
+        given = {**dict.fromkeys(BUDGETS, None), **given}
+    return load_config(None, {**settings_in(path), **given})
+
+
+def settings_in(path: Path | None) -> dict[str, object]:
+    """What a file or a recipe of that name says; a file goes first."""
+    if path is None:
+        return {}
+    if not is_file(path) and str(path) in recipe_names():
+        return dict(recipe(str(path)))
+    return dict(read_settings(path))
