@@ -250,6 +250,7 @@ def test_a_folder_that_cannot_be_made_is_told_first(
     options = ["--prompt", "x"] if command == "sample" else []
     if command in ("evaluate", "export"):
         options = ["--adapter", str(adapter_of(tiny_family(), tmp_path / "adapter"))]
+        options += ["--model", "emoji"]
     given = place if option == "--output-dir" else place / "file.png"
     message = told(command, *options, option, given)
     assert message.startswith(f"error: {option} {place}: cannot be written (")

@@ -21,6 +21,7 @@ from shortft import sampling
 from shortft.cli import main
 from shortft.config import Config
 from shortft.families.pipeline import PipelineFamily, UNetFamily
+from shortft.rewards.places import with_inherited
 from shortft.train import train
 from tiny import save_tiny
 
@@ -49,6 +50,57 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return root
+
+
+def test_a_local_base_model_is_never_taken_for_one_of_the_hub(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "train" / "adapter", adapter)
+    info = json.loads((adapter / "adapter.json").read_text())
+    info["base_model"], info["local"] = "runs/merged", ["runs/merged"]
+    (adapter / "adapter.json").write_text(json.dumps(info))
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "--adapter", str(adapter), "--prompt", "x", "--num-steps", "4"]
+    assert main(command) == 2
+    assert "base model runs/merged is not here; give --model" in capsys.readouterr().err
+    shutil.copytree(run / "model", tmp_path / "runs" / "merged")
+    assert main(command) == 0
+
+
+def test_models_of_rewards_are_the_adapters_where_the_rewards_are(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """What nothing needs is not looked for, and the emoji's scorer on other models is told."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "train" / "adapter", adapter)
+    info = json.loads((adapter / "adapter.json").read_text())
+    info["config"] |= {"reward": "clip", "reward_model": f"{tmp_path}/gone"}
+    (adapter / "adapter.json").write_text(json.dumps(info))
+    command = ["evaluate", "--adapter", str(adapter), "--prompts", str(run / "prompts.txt")]
+    command += ["--seeds", "2", "--num-steps", "4", "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert f"{tmp_path}/gone" in capsys.readouterr().err
+    assert main([*command, "--reward", "symmetry"]) == 0
+    assert "nothing but emoji" not in capsys.readouterr().out
+    assert main([*command, "--reward", "clip"]) == 0
+    assert "nothing but emoji" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "inherited", "expected"),
+    [
+        (None, None, None),
+        ("pickscore=a/b", None, "pickscore=a/b"),
+        (None, "c/d", "c/d"),
+        (None, "hpsv2=c/d,clip=e/f", "e/f"),
+        ("pickscore=a/b", "pickscore=x/y,clip=e/f", "pickscore=a/b,clip=e/f"),
+        ("clip=a/b", "c/d", "clip=a/b"),
+        ("pickscore=a/b", "hpsv2=c/d", "pickscore=a/b"),
+    ],
+)
+def test_given_places_go_before_inherited_ones(given, inherited, expected):
+    assert with_inherited(given, {"clip", "pickscore"}, inherited) == expected
 
 
 def test_prompts_may_come_from_a_pipe(run: Path, tmp_path: Path):

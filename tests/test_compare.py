@@ -723,6 +723,15 @@ def test_known_rates_are_taken_untried(base, trained):
         workshop(base, others)
 
 
+def test_a_recomputed_competitor_has_the_rate_of_its_method(base):
+    full = comparison_from(
+        "full", methods=("full:recompute=true", "thinned:recompute=true,calls=4")
+    )
+    assert {method for _, method in full.without_rate} == {"thinned:recompute=true,calls=4"}
+    shop = workshop(base, dataclasses.replace(full, seeds=1, num_prompts=6))
+    assert shop.learning_rate("clip", "full:recompute=true") == 6e-3
+
+
 def test_a_folder_from_before_known_rates_goes_on(base):
     kept = workshop(base).kept
     found = json.loads(kept.read_text())
@@ -824,6 +833,9 @@ def test_a_training_that_ran_out_of_memory_says_what_a_comparison_can_do(base, m
     with pytest.raises(UserError, match="out of memory; as refl:recompute=true it") as told:
         compare_runs.run_all(shop, pretended, lambda _: None)
     assert "--resume" not in str(told.value)
+    shop = workshop(base, Comparison(("refl:recompute=true",), ("symmetry",), 1, num_prompts=6))
+    with pytest.raises(UserError, match="out of memory with 2 pictures at once"):
+        compare_runs.run_all(shop, pretended, lambda _: None)
 
 
 def test_looks_that_are_no_numbers_are_left_out_of_curves(base, monkeypatch):
@@ -1007,11 +1019,13 @@ def test_other_models_get_nothing_that_was_chosen_on_the_embedded_one(budget: st
     assert found.rates == {}
     searched = budget == "full"
     assert found.search == ((3.3e-5, 1e-4, 3e-4) if searched else ())
+    odd = own.model_copy(update={"learning_rate": 1.25e-4})
+    assert (1.25e-4 in comparison_from(budget, odd, minutes=30.0).search) == searched
     assert found.searched == (tuple(("symmetry", m) for m in plain) if searched else ())
     named = {"methods": ("shortft:shortcut=unguided",), "rewards": ("compressibility", "clip")}
     found = comparison_from(budget, own, minutes=30.0, **named)
     assert (found.methods, found.rewards) == tuple(named.values())
-    assert found.search_reward == ("compressibility" if searched else "")
+    assert found.search_reward == ("symmetry" if searched else "")  # whatever rewards are added
     embedded = comparison_from(budget, load_config(None, {"model": "emoji"}))
     assert embedded == comparison_from(budget) == BUDGETS[budget]
 
@@ -1034,6 +1048,12 @@ def test_a_comparison_of_another_model_starts_from_its_configuration(
     assert started[-1][0].minutes == 7
     assert started[-1][1].learning_rate == plain.learning_rate
     assert started[-1][0].rewards == (plain.reward,)
+    # Where it is the middle of a search, a rate is no mistake.
+    full = [*command, "--minutes", "7", "--budget", "full", "--learning-rate", "2e-4"]
+    assert main(full) == 0
+    assert started[-1][0].search == (6.7e-5, 2e-4, 6e-4)
+    assert main([*full, "--search", "1e-3 2e-3"]) == 2
+    assert "--learning-rate 0.0002" in capsys.readouterr().err
     own = tmp_path / "own.yaml"
     text = f"model: {model}\nshortcut: none\nreward: symmetry\n"
     own.write_text(text)

@@ -11,7 +11,7 @@ import typer.main
 
 from shortft.assets import asset
 from shortft.cli import app, main
-from shortft.cli_options import config_of
+from shortft.cli_options import config_of, settings_in
 from shortft.compare import command
 from shortft.compare.jobs import Workshop
 from shortft.config import Config
@@ -75,7 +75,7 @@ def test_commands_are_understood(
             given = {key: context.params[key] for key in Config.model_fields}
             if name == "compare":
                 given["output_dir"] = None
-            config_of(context.params["config_file"], given)
+            config_of(settings_in(context.params["config_file"]), given)
         if name == "compare":  # its methods and rewards are checked when it begins
             monkeypatch.setattr(command, "compare_command", lambda *args, **_: Workshop(*args))
             assert main(arguments) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shortft import evaluate as evaluation
 from shortft.cli import main
-from shortft.errors import UserError
+from shortft.errors import NotFinite, UserError
 from shortft.evaluate import evaluate
 from shortft.rewards import make_reward
 from shortft.rewards.base import Reward
@@ -74,6 +74,7 @@ def test_another_scorer_is_measured_and_variety_by_what_is_there(tmp_path: Path,
         pairs = small.flatten(1).view(len(PROMPTS), 2, -1)
         differ = 1 - F.cosine_similarity(pairs[:, 0], pairs[:, 1], dim=-1)
         assert alone["diversity"][of] == pytest.approx(float(differ.mean()), rel=1e-4)
+    assert alone["diversity"]["name"] == "1 - cosine of thumbnails, same prompt"
     watched, _ = evaluate(family, adapter, reward, PROMPTS, held_out=make_reward(OWN), **options)
     for images, of in ((pictures.before, "before"), (pictures.after, "after")):
         expected = float(by_prompt(images, pictures.prompts).mean())
@@ -87,7 +88,8 @@ def test_another_scorer_is_measured_and_variety_by_what_is_there(tmp_path: Path,
     assert main([*command, "--held-out", "clip:1,symmetry:2"]) == 0
     told = json.loads((out / "evaluation.json").read_text())
     assert told["held_out"]["name"] == "clip:1,symmetry:2"
-    assert told["diversity"] != json.loads(json.dumps(alone["diversity"]))  # by the CLIP
+    assert told["diversity"]["name"] == "1 - cosine of clip, same prompt"
+    assert told["diversity"]["before"] != alone["diversity"]["before"]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
@@ -151,8 +153,9 @@ def test_a_report_that_fails_is_named_in_one_line(tmp_path: Path, body: str, mes
     make_adapter(tmp_path)
     (tmp_path / "own.py").write_text(REPORTS.format(body=body))
     reward = make_reward(f"{tmp_path / 'own.py'}:Own")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         evaluate(tiny_family(), tmp_path, reward, PROMPTS, seeds=2, num_steps=4)
+    assert not isinstance(caught.value, NotFinite)  # which would count as a rate that is too high
 
 
 def test_a_report_that_works_in_place_leaves_the_pictures_alone(tmp_path: Path):

@@ -186,17 +186,6 @@ def test_what_a_resumed_run_remembers_of_its_evaluations(settings, tmp_path: Pat
             assert remembered() == (False, False), name
     assert remembered() == (True, True)
 
-    own = tmp_path / "watch.py"
-    own.write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    watched = config.model_copy(update={"held_out": f"{own}:f"})
-    trainer.config = watched
-    keep(trainer, 0)
-    unwatched, (saved, _) = saved, load_latest(config.output_dir / "checkpoints")
-    assert remembered(held_out=f"{own}:f") == (True, True)
-    own.write_text("def f(images, prompts):\n    return -images.mean((1, 2, 3))\n")
-    assert remembered(held_out=f"{own}:f") == (False, False)
-    saved = unwatched
-
     # What a few-step model's LoRA is drawn by is its own guidance too.
     for placement, seen in (("few_step", False), ("stacked", True)):
         with pytest.MonkeyPatch.context() as patch:
@@ -212,6 +201,25 @@ def test_what_a_resumed_run_remembers_of_its_evaluations(settings, tmp_path: Pat
         assert row.keys() == (set() if guard == "off" else {"guard"})
         assert trainer.tripped == (guard == "stop")
         assert trainer.guard.best == best
+
+
+def test_a_held_out_scorer_of_ones_own_that_changed_is_another_measure(settings, tmp_path: Path):
+    """What counts is the file that was loaded, not what lies there when a checkpoint is written."""
+    own = tmp_path / "watch.py"
+    first = "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    own.write_text(first)
+    config = Config(**{**settings, **HACKED, "held_out": f"{own}:f", "updates": 2})
+    trainer = Trainer(config)
+    own.unlink()
+    look = Look(0, 1.0, 0.5)
+    trainer.guard.restore({"first": asdict(look), "best": asdict(look)})
+    keep(trainer, 0)
+    saved, _ = load_latest(config.output_dir / "checkpoints")
+    for text, seen in ((first, True), (first.replace("return", "return -"), False)):
+        own.write_text(text)
+        other = Trainer(config)
+        restore(other, saved)
+        assert (other.guard.first == look) == seen
 
 
 def test_the_best_adapter_belongs_to_the_run_that_goes_on(settings, told: Script, monkeypatch):

@@ -40,6 +40,7 @@ ALLOWED = {
         "errors",
         "inputs",
         "networks",
+        "paths",
         "plans",
         "quiet",
         "schedule",

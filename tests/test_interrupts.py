@@ -81,7 +81,7 @@ PLACES = {
     "backward": ("torch", "autograd.backward"),
     "gradients": ("shortft.step", "average_gradients"),
     "optimizer": ("torch.optim", "AdamW.step"),
-    "look": ("shortft.trainer", "generate"),
+    "look": ("shortft.sampling", "Sampler.draw"),
     "scoring": ("shortft.watch", "picture_statistics"),
     "best": ("shortft.kept", "save_adapter"),
     "logging": ("shortft.metrics_log", "MetricsLog.write"),

@@ -105,7 +105,7 @@ def test_a_reward_that_works_in_place_is_alone_with_its_pictures():
     mean = before.mean((1, 2, 3))
     torch.testing.assert_close(scores["other"], mean)
     torch.testing.assert_close(scores["both"], (2 * mean - 1 + mean) / 2)
-    torch.testing.assert_close(mix.reports(images, ["a"] * 3)["other"], mean)
+    torch.testing.assert_close(mix.report_of(other, images, ["a"] * 3), mean)
     assert torch.equal(images, before)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shortft.assets import EMBEDDED, prompts_for
-from shortft.cli_options import config_of
+from shortft.cli_options import config_of, settings_in
 from shortft.config import Config, load_config
 from shortft.recipes import recipe, recipe_names
 from shortft.shortcuts import PUBLISHED
@@ -62,6 +62,6 @@ def test_general_prompts_ship_for_other_models():
 def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("emoji").mkdir()
-    assert config_of(Path("emoji"), {}) == load_config(None, recipe("emoji"))
+    assert config_of(settings_in(Path("emoji")), {}) == load_config(None, recipe("emoji"))
     Path("paper").write_text("rank: 3\n")  # a file goes first
-    assert config_of(Path("paper"), {}).rank == 3
+    assert config_of(settings_in(Path("paper")), {}).rank == 3

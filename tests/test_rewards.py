@@ -390,13 +390,10 @@ def test_mix(clip_dir):
     torch.testing.assert_close(scores, 2 * parts["clip"] + 0.5 * parts["symmetry"])
     torch.testing.assert_close(mix.combine(parts), scores)
     assert scores.requires_grad
-    report = mix.report(images, prompts)
-    torch.testing.assert_close(report, scores.detach())
-    assert not report.requires_grad
     assert (mix.name, mix.report_name) == ("clip:2,symmetry:0.5", "clip:2,symmetry:0.5")
     assert mix.report_higher_is_better
-    reports = mix.reports(images, prompts)
-    torch.testing.assert_close(reports["symmetry"], Symmetry().report(images))
+    told = mix.report_of(mix.parts[1][0], images, prompts)
+    torch.testing.assert_close(told, Symmetry().report(images))
 
 
 def test_single_reward_reports_in_its_own_unit():
@@ -404,7 +401,8 @@ def test_single_reward_reports_in_its_own_unit():
     assert reward.name == "compressibility"
     assert reward.report_name == "JPEG size (kB, quality 95)"
     assert not reward.report_higher_is_better
-    torch.testing.assert_close(reward.report(images, ["", ""]), Compressibility().report(images))
+    told = reward.report_of(reward.parts[0][0], images, ["", ""])
+    torch.testing.assert_close(told, Compressibility().report(images))
 
 
 def test_naming_rewards_loads_no_torch():

@@ -23,6 +23,7 @@ from shortft.assets import EMBEDDED
 from shortft.errors import UserError
 from shortft.inputs import check_model_source
 from shortft.networks import lora_name
+from shortft.paths import exists
 from shortft.plans import Placement, parts_for
 from shortft.schedule import Cut, Schedule
 from shortft.weights_file import check_weights_file, disk_error
@@ -79,6 +80,8 @@ class AdapterInfo:
         if model is not None:
             return model, pipeline
         try:
+            if self.base_model in self.local and not exists(self.base_model):
+                raise UserError("which could be a stranger's on the hub")
             check_model_source("--model", self.base_model, EMBEDDED)
         except UserError:
             raise UserError(

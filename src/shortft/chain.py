@@ -67,9 +67,9 @@ def run_chain(
     if plan.renoise and fresh_noise is None:
         raise ValueError("this plan re-noises the chain's end; pass fresh_noise=")
 
-    def call(x: Tensor, step: Step, *, recompute: bool = recompute) -> Tensor:
+    def call(x: Tensor, step: Step, *, again: bool) -> Tensor:
         timestep = float(schedule.timesteps[step.start])
-        return nets.predict(step, x, timestep, cond, recompute=recompute)
+        return nets.predict(step, x, timestep, cond, recompute=again)
 
     def predict(x: Tensor, step: Step, builds_graph: bool) -> Tensor:
         seen = scale_grad(x, step.input_grad)
@@ -77,11 +77,12 @@ def run_chain(
             return torch.zeros_like(x)  # its value is not used, and the jump is affine in it
         if not builds_graph:
             with torch.no_grad():
-                return call(seen, step, recompute=False)
-        prediction = call(seen, step)
+                return call(seen, step, again=False)
+        prediction = call(seen, step, again=recompute)
         if observe_drift and step.trains:
             net: Net = "shortcut" if step.net == "shortcut" else "base"
-            untuned = call(seen, replace(step, net=net, adapters=0, trains=False))
+            frozen = replace(step, net=net, adapters=0, trains=False)
+            untuned = call(seen, frozen, again=recompute)
             observe_drift((prediction - untuned).square().flatten(1).mean(1))
         return scale_grad(prediction, step.gain)
 

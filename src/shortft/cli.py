@@ -33,6 +33,7 @@ from shortft.cli_options import (
     StrengthOption,
     TunedModelOption,
     config_of,
+    if_given,
     settings_in,
     with_config_options,
 )
@@ -157,7 +158,7 @@ def train(
     """Train a reward LoRA. Every setting has an option and a line in CONFIG."""
     from shortft.launcher import as_launched
 
-    config = as_launched(config_of(config_file, options))
+    config = as_launched(config_of(settings_in(config_file), options))
     refuse_links(config.output_dir, RUN)
     if dry_run:
         print(to_yaml(config), end="", flush=True)
@@ -182,7 +183,7 @@ def plan(
     """Draw the chain of every stage and its cost. Takes the options of train."""
     if png is not None:
         png = check_output_file("--png", png)
-    config = config_of(config_file, options)
+    config = config_of(settings_in(config_file), options)
     from shortft.plan_view import show_plan
 
     show_plan(config, png)
@@ -238,7 +239,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Another reward to measure; default: the adapter's, or the embedded model's.",
-            callback=lambda value: value if value is None else check_reward(value, "--held-out"),
+            callback=if_given(lambda value: check_reward(value, "--held-out")),
         ),
     ] = None,
     reward_model: Annotated[
@@ -493,10 +494,11 @@ def compare(
 
     if config_file is None and options.get("model") in (None, EMBEDDED):
         config_file = Path(EMBEDDED)
-    base = config_of(config_file, base_options(options))
+    settings = settings_in(config_file)
+    base = config_of(settings, base_options(options))
     # What the user's own file says of rewards and time goes before a budget's; without one, or with
     # the embedded model's recipe, the budget's do.
-    named = {} if config_file == Path(EMBEDDED) else settings_in(config_file)
+    named = {} if config_file == Path(EMBEDDED) else settings
     says_minutes = options.get("minutes") is not None or "minutes" in named
     its_reward = (base.reward,) if "reward" in named else None
     chosen = comparison_from(
@@ -515,7 +517,8 @@ def compare(
         noises=noises,
     )
     if options.get("learning_rate") is not None:
-        refuse_base_rate(base.learning_rate, chosen)
+        around_it = base.model != EMBEDDED and search is None
+        refuse_base_rate(base.learning_rate, chosen, searched=not around_it)
     refuse_links(base.output_dir, COMPARISON)
     command = shlex.join(["shortft", *typed])
     compare_command(base.output_dir, chosen, base, report_only=report_only, command=command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -23,8 +23,18 @@ from shortft.paths import is_dir, is_file
 from shortft.recipes import recipe, recipe_names
 from shortft.shortcuts import check_shortcut
 
-BUDGETS = ("updates", "minutes")
+LIMITS = ("updates", "minutes")
 Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def if_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A callback for an option that may be left out."""
+
+    def checked(value: Any) -> Any:
+        return None if value is None else check(value)
+
+    return checked
+
 
 ModelOption = Annotated[
     str,
@@ -38,21 +48,19 @@ TunedModelOption = Annotated[
     str | None,
     typer.Option(
         help="Base model, as in train; default: the adapter's own, without one 'emoji'.",
-        callback=lambda value: (
-            value if value is None else check_model_source("--model", value, EMBEDDED)
-        ),
+        callback=if_given(lambda value: check_model_source("--model", value, EMBEDDED)),
     ),
 ]
 PipelineOption = Annotated[
     str | None,
     typer.Option(
         help="For a model in a single file: directory or hub id of its configuration.",
-        callback=lambda value: value if value is None else check_place("--pipeline", value),
+        callback=if_given(lambda value: check_place("--pipeline", value)),
     ),
 ]
 REWARD = typer.Option(
     help="A reward's name, or weighted names such as 'clip:1,symmetry:0.2'.",
-    callback=lambda value: value if value is None else check_reward(value),
+    callback=if_given(check_reward),
 )
 ShortcutOption = Annotated[
     str,
@@ -74,7 +82,7 @@ PromptsOption = Annotated[
     typer.Option(
         help="UTF-8 text file of prompts, one a line.",
         metavar="FILE",
-        callback=lambda value: value if value is None else _readable_prompts(value),
+        callback=if_given(lambda value: _readable_prompts(value)),
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
@@ -167,13 +175,13 @@ def _shown(default: object) -> str:
     return "none" if default in (None, {}, ()) else str(default)
 
 
-def config_of(path: Path | None, options: dict[str, object]) -> Config:
-    """A file's or a recipe's settings with the options on top; a file of that name goes first."""
+def config_of(settings: Mapping[str, object], options: Mapping[str, object]) -> Config:
+    """A file's or a recipe's settings with the options on top."""
     given = {name: v for name, v in options.items() if v is not None}
-    budgets = [name for name in BUDGETS if str(given.get(name, "none")) != "none"]
-    if len(budgets) == 1:  # takes the place of the file's
-        given = {**dict.fromkeys(BUDGETS, None), **given}
-    return load_config(None, {**settings_in(path), **given})
+    limits = [name for name in LIMITS if str(given.get(name, "none")) != "none"]
+    if len(limits) == 1:  # takes the place of the file's
+        given = {**dict.fromkeys(LIMITS, None), **given}
+    return load_config(None, {**settings, **given})
 
 
 def settings_in(path: Path | None) -> dict[str, object]:

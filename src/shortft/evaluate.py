@@ -26,7 +26,7 @@ from shortft.networks import ModelNetworks
 from shortft.plans import base_plan
 from shortft.rewards import held_out_scorer, make_reward, ships
 from shortft.rewards.combine import WeightedSum
-from shortft.rewards.places import check_models_are_used
+from shortft.rewards.places import check_models_are_used, emoji_clip_warning, with_inherited
 from shortft.rewards.spec import scorers
 from shortft.sampling import Sampler, load_tuned
 from shortft.seeds import EVALUATION, generator, given_back, sample_seed
@@ -108,7 +108,10 @@ def evaluate(
     after = sampler.draw(repeated, noises, batch_size=batch_size)
     progress("scores")
     judged = partial(_judged, reward)
-    scored = _measured(reward, judged, (before, after), repeated, family, reward.name)
+    pictures = before, after
+    scored = _measured(reward, judged, pictures, repeated, family)
+    for found, tuned in zip(scored, (False, True), strict=True):
+        _check_finite(reward.name, found, repeated, tuned=tuned)
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
@@ -120,19 +123,22 @@ def evaluate(
     }
     if held_out is not None:
         judged = partial(_judged, held_out)
-        watched = _measured(held_out, judged, (before, after), repeated, family, held_out.name)
+        watched = _measured(held_out, judged, pictures, repeated, family)
+        _check_others(held_out.name, watched, repeated)
         figures["held_out"] = _compared(held_out.name, watched[0], watched[1], seeds)
-    with embedder((held_out, reward), family.device) as embed:
+    with embedder((held_out, reward), family.device) as (embed, by):
 
         def features(images: Tensor) -> Tensor:
             return _in_batches(lambda part, _: embed(part), images, repeated, family)
 
         variety = [diversity(images, features, repeated) for images in (before, after)]
-    figures["diversity"] = _compared("1 - cosine, same prompt", variety[0], variety[1], 1)
+    name = f"1 - cosine of {by}, same prompt"
+    figures["diversity"] = _compared(name, variety[0], variety[1], 1)
     figures["reports"] = {}
     for part, _ in reward.parts:
         told = partial(report_of, reward, part)
-        old, new = _measured(reward, told, (before, after), repeated, family, part.report_name)
+        old, new = _measured(reward, told, pictures, repeated, family)
+        _check_others(f"{part.name}'s report", (old, new), repeated)
         figures["reports"][part.name] = {
             **_compared(part.report_name, old, new, seeds),
             "higher_is_better": part.report_higher_is_better,
@@ -180,12 +186,11 @@ def _measured(
     pictures: tuple[Tensor, Tensor],
     prompts: list[str],
     family: Family,
-    name: str,
 ) -> tuple[Tensor, Tensor]:
     """What a scorer finds (P·S,) of base and tuned model's pictures."""
     with scorer.at_work(family.device):
         old, new = (_in_batches(measure, images, prompts, family) for images in pictures)
-    return _finite(name, old, prompts, tuned=False), _finite(name, new, prompts, tuned=True)
+    return old, new
 
 
 def _judged(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:
@@ -218,7 +223,7 @@ def _in_batches(
     return torch.cat(parts)
 
 
-def _finite(name: str, scores: Tensor, prompts: list[str], *, tuned: bool) -> Tensor:
+def _check_finite(name: str, scores: Tensor, prompts: list[str], *, tuned: bool) -> None:
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
             whose = "tuned" if tuned else "base"
@@ -227,7 +232,15 @@ def _finite(name: str, scores: Tensor, prompts: list[str], *, tuned: bool) -> Te
                 f"{score}, not a finite number; mend the reward, or look at the picture",
                 tuned=tuned,
             )
-    return scores
+
+
+def _check_others(name: str, scores: tuple[Tensor, Tensor], prompts: list[str]) -> None:
+    """The same for what only is looked at: a mistake to be told, no failed trial of a rate."""
+    try:
+        for found, tuned in zip(scores, (False, True), strict=True):
+            _check_finite(name, found, prompts, tuned=tuned)
+    except NotFinite as error:
+        raise UserError(str(error)) from None
 
 
 def _compared(name: str, before: Tensor, after: Tensor, seeds: int) -> dict[str, Any]:
@@ -242,6 +255,15 @@ def _compared(name: str, before: Tensor, after: Tensor, seeds: int) -> dict[str,
         "after_interval": bootstrap_interval(new, pick)[1:],
         "change_interval": bootstrap_interval(new - old, pick)[1:],
     }
+
+
+def watching(
+    held_out: str | None, model: str, reward_model: str | None, device: torch.device | str
+) -> WeightedSum | None:
+    """The scorer that only measures: the given one, or the model's own, or none."""
+    if held_out:
+        return make_reward(held_out, reward_model, device)
+    return held_out_scorer(model, device)
 
 
 def evaluate_command(
@@ -277,7 +299,7 @@ def evaluate_command(
             f"--seeds {seeds}: diversity compares pictures of one prompt; give 2 or more"
         )
     info = read_info(adapter)
-    own = info.config
+    own, inherits = info.config, set[str]()
     if reward is None:
         reward = str(own.get("reward") or "clip")
         if not ships(reward):
@@ -285,24 +307,24 @@ def evaluate_command(
                 f"--reward: not given, and the adapter's own, {reward}, is none of shortft's: code "
                 "runs only where it is named; give --reward"
             )
+        inherits |= scorers(reward)
     if held_out is None and ships(str(own.get("held_out"))):
         held_out = str(own["held_out"])
-    if reward_model is not None:
-        used = scorers(reward) | (scorers(held_out) if held_out else set())
-        check_models_are_used(used, reward_model)
-    reward_model = reward_model or own.get("reward_model")
+        inherits |= scorers(held_out)
+    used = scorers(reward) | (scorers(held_out) if held_out else set())
+    check_models_are_used(used, reward_model)
+    reward_model = with_inherited(reward_model, inherits, own.get("reward_model"))
     model, pipeline = info.base(model, pipeline)
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     make_output_dir("--output-dir", output_dir)
     console = Console()
+    told = emoji_clip_warning(model, used, reward_model)
+    if told:
+        console.print(f"warning: {told}", markup=False)
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more
     scored_by = make_reward(reward, reward_model, family.device)
-    watched_by = (
-        make_reward(held_out, reward_model, family.device)
-        if held_out
-        else held_out_scorer(model, family.device)
-    )
+    watched_by = watching(held_out, model, reward_model, family.device)
     with console.status("") as status, noting_cause(output_dir):
         figures, pictures = evaluate(
             family,

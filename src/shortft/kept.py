@@ -12,7 +12,6 @@ from shortft.adapter import AdapterInfo, copy_state, save_adapter, usual_cut
 from shortft.checkpoint import Checkpoint, save_checkpoint
 from shortft.config import to_yaml
 from shortft.errors import UserError
-from shortft.fingerprint import held_out_print
 from shortft.inputs import parse_yaml
 from shortft.methods import METHODS
 from shortft.optimizers import set_state, state_of
@@ -67,7 +66,7 @@ def keep(trainer: Trainer, log_bytes: int) -> None:
         "cut_by": trainer.schedule.cut_by,
         "jumps_by": trainer.jumps_by,
         "shown": shown(trainer),
-        "held_out_by": held_out_print(trainer.config),
+        "held_out_by": trainer.held_out_by,
     }
     save_checkpoint(
         trainer.config.output_dir / "checkpoints",
@@ -139,7 +138,7 @@ def _restore(trainer: Trainer, saved: Checkpoint, *, allow_change: bool) -> None
         all(before.get(name) == now[name] for name in MEASURED_BY)
         and state["inputs"] == trainer.inputs
         and state.get("shown") == shown(trainer)
-        and state.get("held_out_by", held_out_print(config)) == held_out_print(config)
+        and state.get("held_out_by", trainer.held_out_by) == trainer.held_out_by
         and (trainer.placement != "few_step" or jumps_by == trainer.jumps_by)
     )
     if measured_alike:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from shortft import kept
-from shortft.assets import EMBEDDED
 from shortft.cause import note_cause
 from shortft.checkpoint import load_latest, names_in
 from shortft.config import Config, option_name, to_yaml
@@ -30,7 +29,7 @@ from shortft.out_of_memory import advised
 from shortft.precision import emulated, settled
 from shortft.preflight.disk import check_room
 from shortft.rewards import anchor_warning
-from shortft.rewards.places import parse_reward_models
+from shortft.rewards.places import emoji_clip_warning
 from shortft.seeds import given_back
 from shortft.trainer import Trainer
 from shortft.watch import look
@@ -178,15 +177,9 @@ def remarks(trainer: Trainer) -> list[str]:
     warning = anchor_warning(config.reward)
     if warning:
         found.append(f"warning: {warning}")
-    names = config.scorers
-    if (
-        config.model != EMBEDDED
-        and "clip" in names - parse_reward_models(config.reward_model).keys()
-    ):
-        found.append(
-            "warning: clip is the embedded scorer here, which knows nothing but emoji; "
-            "--reward-model names another, such as openai/clip-vit-large-patch14"
-        )
+    warning = emoji_clip_warning(config.model, config.scorers, config.reward_model)
+    if warning:
+        found.append(f"warning: {warning}")
     slow = emulated(config)
     if slow:
         found.append(f"warning: {slow}")

@@ -17,7 +17,7 @@ from shortft.ema import Average
 from shortft.errors import AllAtOnce, UserError
 from shortft.families import load_family
 from shortft.families.base import Family, Guidance
-from shortft.fingerprint import fingerprint
+from shortft.fingerprint import fingerprint, held_out_print
 from shortft.guard import Guard
 from shortft.inputs import read_prompts
 from shortft.judge import judge
@@ -97,6 +97,7 @@ class Trainer:
                 guidance_scale=config.shortcut_guidance_scale,
             )
         self.inputs = fingerprint(config, self.prompts, shortcut.path)
+        self.held_out_by = held_out_print(config)
         device = str(self.accelerator.device)
         self.family: Family = load_family(
             config.model,

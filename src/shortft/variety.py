@@ -18,8 +18,10 @@ from shortft.rewards.combine import WeightedSum
 @contextmanager
 def embedder(
     scorers: Sequence[WeightedSum | None], device: torch.device | str
-) -> Iterator[Embedder]:
+) -> Iterator[tuple[Embedder, str]]:
     """What `diversity` compares: features of the first CLIP among scorers, else thumbnails.
+
+    And what they are called.
 
     Args:
         device: where the pictures are.
@@ -28,9 +30,9 @@ def embedder(
     for scorer, part in every:
         if isinstance(part, ClipReward):
             with scorer.at_work(device):
-                yield partial(_features, part)
+                yield partial(_features, part), part.name
             return
-    yield thumbnails
+    yield thumbnails, "thumbnails"
 
 
 def _features(clip: ClipReward, images_BCHW: Tensor) -> Tensor:

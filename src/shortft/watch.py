@@ -86,7 +86,7 @@ def figures(trainer: Trainer) -> tuple[dict[str, Any], Tensor]:
         row["eval_held_out"] = trainer.score(trainer.held_out, on_device, prompts)
     if config.sample_noises > 1:
         scorers = (trainer.held_out, trainer.reward)
-        with embedder(scorers, on_device.device) as embed:
+        with embedder(scorers, on_device.device) as (embed, _):
             row["eval_diversity"] = float(diversity(on_device, embed, prompts).mean())
     statistics = picture_statistics(pictures)
     row["eval_contrast"] = float(statistics.contrast.mean())

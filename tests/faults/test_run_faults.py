@@ -230,7 +230,7 @@ def test_out_of_memory_at_an_evaluation_keeps_a_checkpoint_and_advises(settings,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shortft.trainer.generate", ran_out)
+        patch.setattr("shortft.trainer.Sampler.draw", ran_out)
         with pytest.raises(UserError, match=r"out of memory .* go on by --resume with --recompute"):
             train(config)
     train(config, resume=True)

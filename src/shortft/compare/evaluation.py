@@ -31,10 +31,10 @@ def evaluator(
 
     from shortft.doctor import versions
     from shortft.drawing.curves import read_metrics
-    from shortft.evaluate import base_pictures, evaluate
+    from shortft.evaluate import base_pictures, evaluate, watching
     from shortft.families import default_device, load_family
     from shortft.preflight import machine
-    from shortft.rewards import held_out_scorer, make_reward
+    from shortft.rewards import make_reward
 
     base = workshop.base
     spec = workshop.comparison
@@ -87,11 +87,7 @@ def evaluator(
                 seed=seed,
             )
 
-        watched_by = (
-            make_reward(config.held_out, config.reward_model, family.device)
-            if config.held_out
-            else held_out_scorer(config.model, family.device)
-        )
+        watched_by = watching(config.held_out, config.model, config.reward_model, family.device)
 
         def measured(*, plain_chain: bool) -> tuple[dict[str, Any], Pictures]:
             return evaluate(

@@ -138,12 +138,10 @@ def looked_at(runs: Runs) -> Runs:
 
 
 def curve(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of training and the median over seeds of the reward on the way.
+    """Seconds of training and the median over seeds, all looked at, of the reward on the way.
 
-    Seeds are brought onto the first one's times by linear interpolation; those without a curve are
-    passed over.
+    Seeds are brought onto the first one's times by linear interpolation.
     """
-    runs = looked_at(runs)
     times = np.array([point[0] for point in runs[0]["curve"]])
     values = [
         np.interp(times, [p[0] for p in run["curve"]], [p[1] for p in run["curve"]]) for run in runs
@@ -154,14 +152,16 @@ def curve(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
 def final_reward_of_best_rival(results: Results, reward: str) -> float | None:
     """Where the curve of the best rival ends; a rival without a curve is passed over."""
     for method in by_gain(results, reward):
-        if is_rival(method) and looked_at(results[reward, method]):
-            return float(curve(results[reward, method])[1][-1])
+        runs = looked_at(results[reward, method])
+        if is_rival(method) and runs:
+            return float(curve(runs)[1][-1])
     return None
 
 
 def seconds_to_reach(runs: Runs, level: float) -> float | None:
     """When the median curve first is at a level, by linear interpolation; None if never."""
-    if not looked_at(runs):
+    runs = looked_at(runs)
+    if not runs:
         return None
     times, values = curve(runs)
     for i, value in enumerate(values):

@@ -166,8 +166,9 @@ class Workshop:
         search = self.comparison.search
         if has_own_rate(method):
             return self.configs[reward, method].learning_rate
-        if self.comparison.knows_rate(reward, method):
-            return self.comparison.rates[method][reward]
+        known = self.comparison.known_rate(reward, method)
+        if known is not None:
+            return known
         if len(search) < 2:
             return search[0] if search else self.base.learning_rate
         reward = self.comparison.search_reward or reward

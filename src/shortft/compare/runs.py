@@ -80,12 +80,13 @@ def run_job(config: Config, job: Job, evaluate_run: Evaluate, claim: int | None 
         if job.search and "updates in a row" in words:
             _note_failed(job, words)
             return
-        if code == KILLED or "out of memory with" in words:
-            what = "killed, as the system does where memory runs out"
+        if code == KILLED:
+            words = "killed, as the system does where memory runs out"
+        if not config.recompute and (code == KILLED or "out of memory with" in words):
+            what = words if code == KILLED else "out of memory"
             words = (
-                f"{what if code == KILLED else 'out of memory'}; as {job.method}"
-                f"{',' if ':' in job.method else ':'}recompute=true it takes less, or give all "
-                "methods what saves memory, in another --output-dir"
+                f"{what}; as {job.method}{',' if ':' in job.method else ':'}recompute=true it "
+                "takes less, or give all methods what saves memory, in another --output-dir"
             )
         raise UserError(f"{job.folder}: training failed ({words}); see {LOG} there")
     try:

@@ -53,7 +53,11 @@ class Comparison:
 
     def knows_rate(self, reward: str, method: str) -> bool:
         """Whether no search is needed: the method brings its rate, or `rates` has it."""
-        return has_own_rate(method) or reward in self.rates.get(method, {})
+        return has_own_rate(method) or self.known_rate(reward, method) is not None
+
+    def known_rate(self, reward: str, method: str) -> float | None:
+        """That of `rates`, whether the method is recomputed or not, which changes no gradient."""
+        return self.rates.get(without_setting(method, "recompute"), {}).get(reward)
 
     @property
     def without_rate(self) -> tuple[tuple[str, str], ...]:
@@ -196,14 +200,17 @@ def refuse_unused(option: str, rates: str, methods: tuple[str, ...]) -> None:
         )
 
 
-def refuse_base_rate(rate: float, comparison: Comparison) -> None:
+def refuse_base_rate(rate: float, comparison: Comparison, *, searched: bool) -> None:
     """Tell that the base's learning rate would change nothing.
+
+    Args:
+        searched: the search is not one around that rate.
 
     Raises:
         UserError: if every rate is another's: the method's own, known, or searched.
     """
     refuse_unused("--learning-rate", f"{rate:g}", comparison.methods)
-    if comparison.search or not comparison.without_rate:
+    if searched and (comparison.search or not comparison.without_rate):
         raise UserError(
             f"--learning-rate {rate:g}: this comparison's rates are known or searched; --search "
             f"{rate:g}, one alone, is taken untried"
@@ -225,8 +232,8 @@ def for_another_model(budget: Comparison, base: Config) -> Comparison:
         rewards=(base.reward,),
         minutes=0.0,  # to be given
         rates={},
-        search=tuple(float(f"{rate * times:.2g}") for times in (1 / 3, 1, 3) if budget.search),
-        search_reward="",
+        search=(float(f"{rate / 3:.2g}"), rate, float(f"{3 * rate:.2g}")) if budget.search else (),
+        search_reward=base.reward if budget.search else "",  # finds the rates of all
     )
 
 
@@ -252,8 +259,6 @@ def comparison_from(budget: str, base: Config | None = None, **given: Any) -> Co
                 f"--minutes: not given, and the budget's are the embedded model's; say how long "
                 f"each run of {base.model} trains"
             )
-        if spec.search:  # one reward finds the rates of all
-            spec = replace(spec, search_reward=(given.get("rewards") or spec.rewards)[0])
     values = {**vars(spec), **{k: v for k, v in given.items() if v is not None}}
     if given.get("search") is not None:
         values["rates"] = {}

@@ -73,16 +73,6 @@ class WeightedSum:
             total = total + components[part.name] * weight
         return total
 
-    def report(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The single part's report (B,); of a mix, the weighted sum itself (no unit)."""
-        if len(self.parts) == 1:
-            return next(iter(self.reports(images_BCHW, prompts).values()))
-        return self(images_BCHW.detach(), prompts).detach()
-
-    def reports(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each part's `report` (B,), by the part's name."""
-        return {part.name: self.report_of(part, images_BCHW, prompts) for part, _ in self.parts}
-
 
 def own_copy(images: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Pictures that a reward may change in place without harm to who else looks at them."""

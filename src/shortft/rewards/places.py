@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shortft.assets import EMBEDDED
 from shortft.errors import UserError
 from shortft.paths import exists, is_dir, is_file
 
@@ -137,6 +138,34 @@ def reward_places(names: set[str], models: str | None) -> dict[str, Place]:
     """
     places = {**HUB, **parse_reward_models(models)}
     return {name: place for name, place in places.items() if name in names}
+
+
+def with_inherited(models: str | None, names: set[str], inherited: str | None) -> str | None:
+    """Places of reward models with somebody else's for those of `names` that they leave out.
+
+    What `names` do not need is not looked for.
+    """
+    if inherited is None:
+        return models
+    if is_dir(inherited) or "=" not in inherited:
+        theirs = {"clip": inherited}
+    else:
+        pairs = (item.partition("=") for item in inherited.split(","))
+        theirs = {name.strip(): place.strip() for name, _, place in pairs}
+    needed = theirs.keys() & names - parse_reward_models(models).keys()
+    if needed == {"clip"} and models is None:
+        return theirs["clip"]
+    return ",".join([*([models] if models else []), *(f"{n}={theirs[n]}" for n in needed)]) or None
+
+
+def emoji_clip_warning(model: str, names: set[str], models: str | None) -> str | None:
+    """Where the embedded scorer would judge another model's pictures."""
+    if model == EMBEDDED or "clip" not in names - parse_reward_models(models).keys():
+        return None
+    return (
+        "clip is the embedded scorer here, which knows nothing but emoji; --reward-model names "
+        "another, such as openai/clip-vit-large-patch14"
+    )
 
 
 def check_models_are_used(names: set[str], models: str | None) -> None:

@@ -149,4 +149,6 @@ def held_out_scorer(model: str, device: torch.device | str = "cpu") -> WeightedS
 
     if model != EMBEDDED:
         return None
-    return WeightedSum([(ClipReward.load(asset("scorers", "held_out"), device), 1.0)])
+    scorer = ClipReward.load(asset("scorers", "held_out"), device)
+    scorer.name = "held-out CLIP"
+    return WeightedSum([(scorer, 1.0)])
