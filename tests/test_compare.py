@@ -851,7 +851,7 @@ def test_looks_that_are_no_numbers_are_left_out_of_curves(base, monkeypatch):
     monkeypatch.setattr(compare_runs, "_training", lambda *_: 0)
     compare_runs.run_all(shop, unsure, lambda _: None)
     results = figures.collect(shop)
-    times, values = figures.curve(results["symmetry", "draft_k"])
+    times, values = figures.curve(figures.looked_at(results["symmetry", "draft_k"]))
     assert (times.tolist(), values.tolist()) == ([1, 3], [0.2, 0.9])
     assert figures.seconds_to_reach(results["symmetry", "draft_k"], 0.9) == 3
     assert "reaches" in report.markdown(shop, results)

@@ -433,7 +433,7 @@ def test_an_ensemble_is_the_mean_less_the_spread():
         assert score == pytest.approx(statistics.mean(row) - 0.7 * statistics.pstdev(row), rel=1e-5)
     assert reward.name == f"{ENSEMBLE}:2,symmetry:10"
     assert parse_reward_spec(reward.name) == [(ENSEMBLE, 2.0), ("symmetry", 10.0)]
-    assert not reward.report(images, []).requires_grad
+    assert not reward.report_of(reward.parts[0][0], images, []).requires_grad
 
 
 def test_an_ensembles_gradient_equals_finite_differences_and_is_finite_where_all_agree():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortft.assets import prompts_for
+from shortft.assets import EMBEDDED, prompts_for
 from shortft.cause import noting_cause
 from shortft.drawing.files import write_atomic
 from shortft.errors import NotFinite, UserError
@@ -318,8 +318,8 @@ def evaluate_command(
     prompts = read_prompts(prompts_path) if prompts_path else prompts_for(model, "held_out")
     make_output_dir("--output-dir", output_dir)
     console = Console()
-    told = emoji_clip_warning(model, used, reward_model)
-    if told:
+    told = emoji_clip_warning(used, reward_model)
+    if told and model != EMBEDDED:
         console.print(f"warning: {told}", markup=False)
     family = load_family(model, pipeline=pipeline, precision=precision, resolution=info.resolution)
     family.encode_ahead(prompts[:num_prompts])  # the text encoders are not needed any more

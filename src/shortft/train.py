@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shortft import kept
+from shortft.assets import EMBEDDED
 from shortft.cause import note_cause
 from shortft.checkpoint import load_latest, names_in
 from shortft.config import Config, option_name, to_yaml
@@ -177,8 +178,8 @@ def remarks(trainer: Trainer) -> list[str]:
     warning = anchor_warning(config.reward)
     if warning:
         found.append(f"warning: {warning}")
-    warning = emoji_clip_warning(config.model, config.scorers, config.reward_model)
-    if warning:
+    warning = emoji_clip_warning(config.scorers, config.reward_model)
+    if warning and config.model != EMBEDDED:
         found.append(f"warning: {warning}")
     slow = emulated(config)
     if slow:

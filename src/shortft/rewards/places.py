@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shortft.assets import EMBEDDED
 from shortft.errors import UserError
 from shortft.paths import exists, is_dir, is_file
 
@@ -158,9 +157,9 @@ def with_inherited(models: str | None, names: set[str], inherited: str | None) -
     return ",".join([*([models] if models else []), *(f"{n}={theirs[n]}" for n in needed)]) or None
 
 
-def emoji_clip_warning(model: str, names: set[str], models: str | None) -> str | None:
-    """Where the embedded scorer would judge another model's pictures."""
-    if model == EMBEDDED or "clip" not in names - parse_reward_models(models).keys():
+def emoji_clip_warning(names: set[str], models: str | None) -> str | None:
+    """For another model than the embedded one: where its scorer would judge the pictures."""
+    if "clip" not in names - parse_reward_models(models).keys():
         return None
     return (
         "clip is the embedded scorer here, which knows nothing but emoji; --reward-model names "
