@@ -74,7 +74,7 @@ def test_another_scorer_is_measured_and_variety_by_what_is_there(tmp_path: Path,
         pairs = small.flatten(1).view(len(PROMPTS), 2, -1)
         differ = 1 - F.cosine_similarity(pairs[:, 0], pairs[:, 1], dim=-1)
         assert alone["diversity"][of] == pytest.approx(float(differ.mean()), rel=1e-4)
-    assert alone["diversity"]["name"] == "1 - cosine of thumbnails, same prompt"
+    assert alone["diversity"]["name"] == "1 - cosine by thumbnails"
     watched, _ = evaluate(family, adapter, reward, PROMPTS, held_out=make_reward(OWN), **options)
     for images, of in ((pictures.before, "before"), (pictures.after, "after")):
         expected = float(by_prompt(images, pictures.prompts).mean())
@@ -88,7 +88,7 @@ def test_another_scorer_is_measured_and_variety_by_what_is_there(tmp_path: Path,
     assert main([*command, "--held-out", "clip:1,symmetry:2"]) == 0
     told = json.loads((out / "evaluation.json").read_text())
     assert told["held_out"]["name"] == "clip:1,symmetry:2"
-    assert told["diversity"]["name"] == "1 - cosine of clip, same prompt"
+    assert told["diversity"]["name"] == "1 - cosine by clip"
     assert told["diversity"]["before"] != alone["diversity"]["before"]
 
 

@@ -132,7 +132,7 @@ def evaluate(
             return _in_batches(lambda part, _: embed(part), images, repeated, family)
 
         variety = [diversity(images, features, repeated) for images in (before, after)]
-    name = f"1 - cosine of {by}, same prompt"
+    name = f"1 - cosine by {by}"
     figures["diversity"] = _compared(name, variety[0], variety[1], 1)
     figures["reports"] = {}
     for part, _ in reward.parts:
