@@ -92,13 +92,7 @@ class FixedPrefix:
         }
 
     def predict(
-        self,
-        step: Step,
-        latents: Tensor,
-        timestep: float,
-        cond: Conditioning,
-        *,
-        recompute: bool = False,
+        self, step: Step, latents: Tensor, timestep: float, cond: Conditioning, **_: object
     ) -> Tensor:
         if step.start not in self.kept:
             prediction = self.rig.nets.predict(step, latents, timestep, cond)

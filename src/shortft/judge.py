@@ -32,13 +32,8 @@ def judge(
     """
     parts = {}
     for part, _ in reward.parts:
-        try:
-            with time_limit(seconds, f"--reward {part.name}"):
-                scores = reward.score(part, images, prompts)
-        except Exception as error:
-            if isinstance(error, UserError) or ran_out(error):
-                raise
-            raise failed(part.name, "raised", error) from error
+        with blaming(part.name, "raised"), time_limit(seconds, f"--reward {part.name}"):
+            scores = reward.score(part, images, prompts)
         check_shape(scores, len(images), f"--reward {part.name}: returned")
         if images.requires_grad and not scores.requires_grad:
             raise UserError(
@@ -55,12 +50,8 @@ def report_of(reward: WeightedSum, part: Reward, images: Tensor, prompts: Sequen
     Raises:
         UserError: naming the part whose report raised, or gave the wrong shape.
     """
-    try:
+    with blaming(part.name, "its report raised"):
         found = reward.report_of(part, images, prompts)
-    except Exception as error:
-        if isinstance(error, UserError) or ran_out(error):
-            raise
-        raise failed(part.name, "its report raised", error) from error
     check_shape(found, len(images), f"--reward {part.name}: its report returned")
     return found
 
@@ -84,12 +75,8 @@ def pull(loss: Tensor, pixels: Tensor, name: str) -> Tensor:
     Raises:
         UserError: naming the reward, if its backward pass fails or does not reach the pixels.
     """
-    try:
+    with blaming(name, "its backward pass raised"):
         (gradient,) = torch.autograd.grad(loss, pixels, allow_unused=True)
-    except Exception as error:
-        if isinstance(error, UserError) or ran_out(error):
-            raise
-        raise failed(name, "its backward pass raised", error) from error
     if gradient is None:
         raise UserError(
             f"--reward {name}: no gradient reaches the pixels; compute the scores from them, "
@@ -98,13 +85,23 @@ def pull(loss: Tensor, pixels: Tensor, name: str) -> Tensor:
     return gradient
 
 
-def failed(name: str, what: str, error: Exception) -> UserError:
-    """Whose fault somebody else's error is; its traceback is kept by the run."""
-    reason = str(error).strip().splitlines()
-    return UserError(
-        f"--reward {name}: {what} {type(error).__name__}{': ' + reason[0] if reason else ''}; the "
-        f"whole traceback is in {traceback_file()}"
-    )
+@contextmanager
+def blaming(name: str, what: str) -> Iterator[None]:
+    """Say whose fault somebody else's error is; its traceback is kept by the run.
+
+    Raises:
+        UserError: for any error in the body but a user's mistake and a lack of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or ran_out(error):
+            raise
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"--reward {name}: {what} {type(error).__name__}{': ' + reason[0] if reason else ''}; "
+            f"the whole traceback is in {traceback_file()}"
+        ) from error
 
 
 @contextmanager

@@ -40,13 +40,7 @@ class Jumping:
     jumper: Jumper
 
     def predict(
-        self,
-        step: Step,
-        latents: Tensor,
-        timestep: float,
-        cond: Conditioning,
-        *,
-        recompute: bool = False,
+        self, step: Step, latents: Tensor, timestep: float, cond: Conditioning, **_: object
     ) -> Tensor:
         """Without gradient, so that there is nothing to recompute."""
         if step.net == "shortcut":
