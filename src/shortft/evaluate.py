@@ -110,8 +110,7 @@ def evaluate(
     judged = partial(_judged, reward)
     pictures = before, after
     scored = _measured(reward, judged, pictures, repeated, family)
-    for found, tuned in zip(scored, (False, True), strict=True):
-        _check_finite(reward.name, found, repeated, tuned=tuned)
+    _check_finite(reward.name, scored, repeated)
     figures: dict[str, Any] = {
         "model": family.source,
         "prompts": len(prompts),
@@ -223,22 +222,21 @@ def _in_batches(
     return torch.cat(parts)
 
 
-def _check_finite(name: str, scores: Tensor, prompts: list[str], *, tuned: bool) -> None:
-    for score, prompt in zip(scores.tolist(), prompts, strict=True):
-        if not math.isfinite(score):
-            whose = "tuned" if tuned else "base"
-            raise NotFinite(
-                f"reward {name}: its score of the {whose} model's picture of {prompt!r} is "
-                f"{score}, not a finite number; mend the reward, or look at the picture",
-                tuned=tuned,
-            )
+def _check_finite(name: str, scores: tuple[Tensor, Tensor], prompts: list[str]) -> None:
+    for found, whose in zip(scores, ("base", "tuned"), strict=True):
+        for score, prompt in zip(found.tolist(), prompts, strict=True):
+            if not math.isfinite(score):
+                raise NotFinite(
+                    f"reward {name}: its score of the {whose} model's picture of {prompt!r} is "
+                    f"{score}, not a finite number; mend the reward, or look at the picture",
+                    tuned=whose == "tuned",
+                )
 
 
 def _check_others(name: str, scores: tuple[Tensor, Tensor], prompts: list[str]) -> None:
     """The same for what only is looked at: a mistake to be told, no failed trial of a rate."""
     try:
-        for found, tuned in zip(scores, (False, True), strict=True):
-            _check_finite(name, found, prompts, tuned=tuned)
+        _check_finite(name, scores, prompts)
     except NotFinite as error:
         raise UserError(str(error)) from None
 

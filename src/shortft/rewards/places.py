@@ -151,8 +151,8 @@ def with_inherited(models: str | None, names: set[str], inherited: str | None) -
     else:
         pairs = (item.partition("=") for item in inherited.split(","))
         theirs = {name.strip(): place.strip() for name, _, place in pairs}
-    needed = theirs.keys() & names - parse_reward_models(models).keys()
-    if needed == {"clip"} and models is None:
+    needed = sorted(theirs.keys() & names - parse_reward_models(models).keys())
+    if needed == ["clip"] and models is None:
         return theirs["clip"]
     return ",".join([*([models] if models else []), *(f"{n}={theirs[n]}" for n in needed)]) or None
 
